@@ -1,0 +1,98 @@
+/** Who may reach a secured sandbox: the access header, and the original's signed routes. The one file that uses node:crypto. */
+import { createHash, timingSafeEqual } from 'node:crypto'
+import type { FaultCode } from './fault.ts'
+import type { Problem } from './problem.ts'
+import { parseExpiry, type Route } from './route.ts'
+
+/** Key id (one of [0-9a-z]) to secret. */
+export type AccessKeys = ReadonlyMap<string, Uint8Array>
+
+/** Compares in a time that does not depend on where the texts differ. */
+export function equalSecret(given: string, wanted: string): boolean {
+  // Hashed first: timingSafeEqual wants equal lengths, and the length of a secret is nobody's business.
+  return timingSafeEqual(digest(given), digest(wanted))
+}
+
+function digest(text: string): Uint8Array {
+  return createHash('sha256').update(text).digest()
+}
+
+/**
+ * Reads `a=<base64>,b=<base64>`: padded or not, with an optional `base64:` in front. Key ids are unique.
+ * @returns the keys, or everything that is wrong; messages never repeat a secret
+ */
+export function parseAccessKeys(text: string, path = 'secure_access.keys'): { ok: true; keys: AccessKeys } | { ok: false; problems: readonly Problem[] } {
+  const keys = new Map<string, Uint8Array>()
+  const problems: Problem[] = []
+  for (const [index, item] of text.split(',').map((part) => part.trim()).entries()) {
+    if (item === '') continue
+    const equals = item.indexOf('=')
+    const id = equals === -1 ? item : item.slice(0, equals).trim()
+    const at = `${path}[${index}]`
+    const secret = equals === -1 ? null : readSecret(item.slice(equals + 1))
+    if (!/^[0-9a-z]$/.test(id)) problems.push({ path: at, reason: 'the key id must be one character of [0-9a-z]' })
+    else if (secret === null) problems.push({ path: at, reason: `the secret of key "${id}" must be base64 of at least one byte` })
+    else if (keys.has(id)) problems.push({ path: at, reason: `key id "${id}" occurs twice` })
+    else keys.set(id, secret)
+  }
+  return problems.length > 0 ? { ok: false, problems } : { ok: true, keys }
+}
+
+/** Standard base64, padded or not, with an optional `base64:` in front; null when it is not, or empty. */
+export function readSecret(text: string): Uint8Array | null {
+  const encoded = text.trim().replace(/^base64:/, '')
+  const body = encoded.replace(/=+$/, '')
+  const padding = encoded.length - body.length
+  if (body === '' || !/^[A-Za-z0-9+/]+$/.test(body) || body.length % 4 === 1) return null
+  if (padding !== 0 && (encoded.length % 4 !== 0 || padding > 2)) return null
+  return Buffer.from(body, 'base64')
+}
+
+/**
+ * The original's short signature: the first 8 hex digits of SHA-256 over length-prefixed secret and canonical text, and the key id.
+ * 32 bits: whoever verifies it must limit the rate of failures.
+ */
+export function signShort(keyId: string, secret: Uint8Array, id: string, port: number, expires: string): string {
+  const canonical = Buffer.from(`v1\nshort\n${id}\n${port}\n${expires}\n`)
+  const hash = createHash('sha256').update(length32(secret)).update(secret).update(length32(canonical)).update(canonical)
+  return hash.digest('hex').slice(0, 8) + keyId
+}
+
+function length32(bytes: Uint8Array): Uint8Array {
+  const length = Buffer.alloc(4)
+  length.writeUInt32BE(bytes.length)
+  return length
+}
+
+export type AccessQuestion = {
+  /** The sandbox's token; '' means everybody may. */
+  readonly token: string
+  /** First value of the access header, or undefined when the header is absent. An empty header is present, and wrong. */
+  readonly header: string | undefined
+  readonly route: Route
+  readonly keys: AccessKeys
+  /** Unix seconds. */
+  readonly now: number
+}
+export type AccessAnswer =
+  | { readonly ok: true; readonly by: 'open' | 'header' | 'signature' }
+  | { readonly ok: false; readonly fault: FaultCode; readonly detail: string }
+
+/** The original's decision table: a present header decides alone, else the route's signature does. */
+export function decideAccess({ token, header, route, keys, now }: AccessQuestion): AccessAnswer {
+  if (token === '') return { ok: true, by: 'open' }
+  if (header !== undefined) return equalSecret(header.trim(), token) ? { ok: true, by: 'header' } : refused('secure access header mismatch')
+  if (route.expires === undefined || route.signature === undefined) return refused('signature required for this sandbox')
+  if (keys.size === 0) return { ok: false, fault: 'EDGE_VERIFIER_MISSING', detail: 'signature: ingress verifier not configured' }
+  const expires = parseExpiry(route.expires)
+  if (expires === null || BigInt(Math.floor(now)) > expires) return refused('access expired')
+  const keyId = route.signature.slice(-1)
+  const secret = keys.get(keyId)
+  if (secret === undefined) return refused('unauthorized: unknown signed_key_id')
+  const wanted = signShort(keyId, secret, route.id, route.port, route.expires)
+  return equalSecret(route.signature, wanted) ? { ok: true, by: 'signature' } : refused('unauthorized: signature mismatch')
+}
+
+function refused(why: string): AccessAnswer {
+  return { ok: false, fault: 'EDGE_UNAUTHORIZED', detail: `signature: ${why}` }
+}

@@ -1,0 +1,87 @@
+/** The networkPolicy document: what may stand in a create request, in `OPENSANDBOX_EGRESS_RULES` and in a body of the policy API. */
+import Type from 'typebox'
+import { schemaProblems } from './config.ts'
+import { parseTarget } from './host.ts'
+import type { Problem } from './problem.ts'
+
+export type Action = 'allow' | 'deny'
+/** `target` is the trimmed text the caller wrote; `parseTarget` gives its normal form. */
+export type NetworkRule = { readonly action: Action; readonly target: string }
+export type NetworkPolicy = { readonly defaultAction: Action; readonly egress: readonly NetworkRule[] }
+
+export type ReadPolicy = { readonly ok: true; readonly policy: NetworkPolicy } | { readonly ok: false; readonly problems: readonly Problem[] }
+export type ReadRules = { readonly ok: true; readonly rules: readonly NetworkRule[] } | { readonly ok: false; readonly problems: readonly Problem[] }
+
+const RuleSchema = Type.Object({
+  action: Type.Optional(Type.String({ description: 'allow or deny; deny when absent' })),
+  target: Type.Optional(Type.String({ description: 'host name, *.host name, IP address or CIDR network' })),
+})
+
+/** The shape, for API descriptions. What the texts may hold is checked by `readNetworkPolicy`. */
+export const NetworkPolicySchema = Type.Object({
+  defaultAction: Type.Optional(Type.String({ description: 'what happens to places no rule names: deny (default) or allow' })),
+  egress: Type.Optional(Type.Array(RuleSchema, { description: 'for names the first matching rule wins; for addresses a deny wins' })),
+})
+
+/**
+ * Reads a policy and reports every problem at once. An absent, null or empty document denies everything.
+ * Keys match in any case, unknown keys are ignored, a missing action means deny (as in the original).
+ */
+export function readNetworkPolicy(value: unknown, path = 'networkPolicy'): ReadPolicy {
+  if (value === undefined || value === null) return { ok: true, policy: { defaultAction: 'deny', egress: [] } }
+  const folded = foldKeys(value, ['defaultAction', 'egress'])
+  if (Array.isArray(folded.egress)) folded.egress = folded.egress.map((rule) => foldRule(rule))
+  const problems = schemaProblems(NetworkPolicySchema, folded.value ?? folded, path)
+  if (problems.length > 0) return { ok: false, problems }
+
+  const document = folded as { defaultAction?: string; egress?: { action?: string; target?: string }[] }
+  const defaultAction = readAction(document.defaultAction)
+  if (defaultAction === null) problems.push({ path: `${path}.defaultAction`, reason: `unsupported action ${JSON.stringify(document.defaultAction?.trim().toLowerCase())}` })
+  const egress = readRules(document.egress ?? [], `${path}.egress`, problems)
+  return problems.length > 0 ? { ok: false, problems } : { ok: true, policy: { defaultAction: defaultAction as Action, egress } }
+}
+
+/** The same for a bare array of rules (the body of a PATCH). */
+export function readNetworkRules(value: unknown, path = 'rules'): ReadRules {
+  const folded = Array.isArray(value) ? value.map((rule) => foldRule(rule)) : value
+  const problems = schemaProblems(Type.Array(RuleSchema), folded, path)
+  if (problems.length > 0) return { ok: false, problems }
+  const rules = readRules(folded as { action?: string; target?: string }[], path, problems)
+  return problems.length > 0 ? { ok: false, problems } : { ok: true, rules }
+}
+
+function readRules(raw: readonly { action?: string; target?: string }[], path: string, problems: Problem[]): NetworkRule[] {
+  const rules: NetworkRule[] = []
+  for (const [index, rule] of raw.entries()) {
+    const action = readAction(rule.action)
+    const target = (rule.target ?? '').trim()
+    const parsed = parseTarget(target)
+    if (action === null) problems.push({ path: `${path}[${index}].action`, reason: `unsupported action ${JSON.stringify(rule.action?.trim().toLowerCase())}` })
+    if ('problem' in parsed) problems.push({ path: `${path}[${index}].target`, reason: parsed.problem })
+    if (action !== null) rules.push({ action, target })
+  }
+  return rules
+}
+
+function readAction(text: string | undefined): Action | null {
+  const action = (text ?? '').trim().toLowerCase()
+  if (action === '') return 'deny'
+  return action === 'allow' || action === 'deny' ? action : null
+}
+
+/** A null rule is an empty one: it fails for its missing target, as it did in the original. */
+function foldRule(rule: unknown): unknown {
+  const folded = foldKeys(rule ?? {}, ['action', 'target'])
+  return folded.value ?? folded
+}
+
+/** The known keys of an object whatever their case, nulls dropped; the last of several spellings wins. Anything else as `{ value }`. */
+function foldKeys(value: unknown, known: readonly string[]): Record<string, unknown> {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return { value }
+  const folded: Record<string, unknown> = {}
+  for (const [key, inner] of Object.entries(value)) {
+    const name = known.find((k) => k.toLowerCase() === key.toLowerCase())
+    if (name !== undefined && inner !== null) folded[name] = inner
+  }
+  return folded
+}
