@@ -1,0 +1,58 @@
+/**
+ * The few calls to the Docker Engine API that building images needs, over node:http. The command line client may be missing, and
+ * dockerode belongs to the server alone. API 1.41 is what Debian 12's engine speaks; later engines still accept it.
+ */
+import { request, type IncomingMessage, type RequestOptions } from 'node:http'
+import { pipeline } from 'node:stream/promises'
+
+const version = '/v1.41'
+
+export type EngineCall = {
+  method?: 'GET' | 'POST' | 'DELETE'
+  /** Path below the version, with its query: `/images/create?fromSrc=-`. */
+  path: string
+  body?: AsyncIterable<Uint8Array> | Buffer
+  contentType?: string
+}
+
+export type EngineAnswer = { status: number; text: string }
+
+/** Where the engine listens, from `DOCKER_HOST` (`unix:///path` or `tcp://host:port`) or the default socket. */
+export function engineAddress(dockerHost: string | undefined): RequestOptions {
+  if (dockerHost === undefined || dockerHost === '') return { socketPath: '/var/run/docker.sock' }
+  if (dockerHost.startsWith('unix://')) return { socketPath: dockerHost.slice('unix://'.length) }
+  const url = new URL(dockerHost.replace(/^tcp:/, 'http:'))
+  if (url.protocol !== 'http:') throw new Error(`DOCKER_HOST ${dockerHost}: only unix:// and tcp:// are supported`)
+  return { host: url.hostname, port: url.port === '' ? 2375 : Number(url.port) }
+}
+
+/** One call, its whole answer as text. Build and import answer 200 first and report failure in the stream: see `checkStream`. */
+export async function callEngine({ method = 'GET', path, body, contentType = 'application/json' }: EngineCall): Promise<EngineAnswer> {
+  const answered = Promise.withResolvers<IncomingMessage>()
+  const call = request({ ...engineAddress(process.env['DOCKER_HOST']), method, path: version + path, headers: body === undefined ? {} : { 'content-type': contentType } })
+  call.once('response', answered.resolve)
+  call.once('error', answered.reject)
+  if (body === undefined || Buffer.isBuffer(body)) call.end(body)
+  else pipeline(body, call).catch(answered.reject)
+  const response = await answered.promise
+  const chunks: Buffer[] = []
+  for await (const chunk of response) chunks.push(chunk as Buffer)
+  return { status: response.statusCode ?? 0, text: Buffer.concat(chunks).toString('utf8') }
+}
+
+/** Throws with the engine's own words when a call failed, at once or later in its stream of JSON lines. */
+export function checkStream(what: string, { status, text }: EngineAnswer): void {
+  const lines = text.split('\n').filter((line) => line.startsWith('{'))
+  const failure = lines.map((line) => JSON.parse(line) as { error?: string; message?: string }).find((line) => line.error !== undefined || status >= 300)
+  if (status < 300 && failure === undefined) return
+  throw new Error(`${what}: the Docker engine answered ${status}: ${failure?.error ?? failure?.message ?? text.slice(-500)}`)
+}
+
+/** Id and labels of a local image, or undefined when there is none of that name. */
+export async function findImage(name: string): Promise<{ id: string; labels: Record<string, string> } | undefined> {
+  const answer = await callEngine({ path: `/images/${name}/json` })
+  if (answer.status === 404) return undefined
+  checkStream(`image ${name}`, answer)
+  const image = JSON.parse(answer.text) as { Id: string; Config?: { Labels?: Record<string, string> | null } }
+  return { id: image.Id, labels: image.Config?.Labels ?? {} }
+}
