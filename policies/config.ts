@@ -1,7 +1,11 @@
 /** Checks a program's configuration against its one TypeBox schema. Pure: the caller brings the raw values. */
 import { type Static, type TSchema } from 'typebox'
+import { Settings } from 'typebox/system'
 import { Value } from 'typebox/value'
 import { formatProblems, type Problem } from './problem.ts'
+
+// The default stops at eight; a person wants to mend everything in one go. Bounded, for a hostile document.
+Settings.Set({ maxErrors: 100 })
 
 /** Every problem of a configuration at once. `main.ts` prints it and exits 64 (EX_USAGE) before any port is opened. */
 export class ConfigError extends Error {
@@ -37,6 +41,8 @@ export function schemaProblems(schema: TSchema, value: unknown, at = ''): Proble
       found.set(path, { path, reason: `must be ${allowed.length > 1 ? 'one of ' : ''}${allowed.join(', ')}` })
       continue
     }
+    // A superfluous property is reported twice, the second time with its name.
+    if (error.keyword === 'boolean') continue
     // A missing or superfluous property is reported at its parent: name the property itself.
     const params = error.params as { requiredProperties?: string[]; additionalProperties?: string[] }
     const names = params.requiredProperties ?? params.additionalProperties ?? ['']

@@ -1,0 +1,55 @@
+/** Access by header and by the original's short signature; vectors computed by three implementations. */
+import t from 'tap'
+import { decideAccess, equalSecret, parseAccessKeys, readSecret, signShort } from '#policies/access.ts'
+import type { Route } from '#policies/route.ts'
+
+t.test('short signatures', async (t) => {
+  const rows: [secret: string, keyId: string, id: string, port: number, b36: string, signature: string][] = [
+    ['c2VjcmV0LWE=', 'a', 'my-sandbox', 8080, 'x2qxvk', '103fd732a'],
+    ['c2VjcmV0LWI=', 'b', 'my-sandbox', 8080, 'x2qxvk', '58a2fb82b'],
+    ['c2VjcmV0LWE=', 'a', 'my-sandbox', 8081, 'x2qxvk', '031bb50ca'],
+    ['c2VjcmV0LWE=', 'a', 'my-sandbox', 8080, 'x2qxvl', 'd7f6b394a'],
+    ['c2VjcmV0LWE=', 'a', 'sec', 9100, 'x2qxvk', '6a47d98fa'],
+    ['AQID', '0', 'sb', 42, '0', '8ccd73a10'],
+    ['mpucnQ==', 'z', '550e8400-e29b-41d4-a716-446655440000', 44772, '1vuhmo0', '7bf8a45fz'],
+  ]
+  for (const [secret, keyId, id, port, b36, signature] of rows) t.equal(signShort(keyId, readSecret(secret) as Uint8Array, id, port, b36), signature, signature)
+})
+
+t.test('keys', async (t) => {
+  const rows: [text: string, ids: string[] | RegExp][] = [
+    ['a=c2VjcmV0LWE=,b=c2VjcmV0LWI=', ['a', 'b']], [' a = AQ== , ,b=AQID', ['a', 'b']], ['', []], [',,', []], ['a=c2VjcmV0LWE', ['a']], ['a=base64:AQID', ['a']],
+    ['A=AQID', /key id/], ['ab=AQID', /key id/], ['é=AQID', /key id/], ['a', /base64/], ['a=', /base64/], ['a=-_-_', /base64/], ['a=A', /base64/], ['a=AQ=', /base64/], ['a=A===', /base64/], ['a=AQID,a=AQID', /twice/],
+  ]
+  for (const [text, wanted] of rows) {
+    const read = parseAccessKeys(text)
+    if (Array.isArray(wanted)) t.same(read.ok && [...read.keys.keys()], wanted, text)
+    else t.match(read.ok ? '' : read.problems[0]?.reason, wanted, text)
+  }
+  t.notMatch(JSON.stringify(parseAccessKeys('a=topsecret!')), 'topsecret', 'a secret is not repeated in a message')
+})
+
+t.test('the decision table', async (t) => {
+  const read = parseAccessKeys('a=c2VjcmV0LWE=,b=c2VjcmV0LWI=')
+  if (!read.ok) throw new Error('keys')
+  const plain: Route = { id: 'sec', port: 9100 }
+  const signed: Route = { ...plain, expires: 'x2qxvk', signature: '6a47d98fa' }
+  const now = 1_800_000_000
+  const rows: [token: string, header: string | undefined, route: Route, at: number, wanted: string, why: string][] = [
+    ['', undefined, plain, now, 'open', 'not secured'], ['', 'anything', signed, now, 'open', 'header ignored'],
+    ['tok', 'tok', plain, now, 'header', ''], ['tok', ' tok ', plain, now, 'header', 'trimmed'], ['tok', 'tok', { ...signed, signature: '000000000' }, now, 'header', 'signature not looked at'],
+    ['tok', 'no', signed, now, 'header mismatch', 'no falling through to the signature'], ['tok', '', signed, now, 'header mismatch', 'present though empty'],
+    ['tok', undefined, plain, now, 'signature required', ''], ['tok', undefined, { ...plain, expires: 'x2qxvk' }, now, 'signature required', ''],
+    ['tok', undefined, signed, now, 'signature', ''], ['tok', undefined, signed, 2_000_000_000, 'signature', 'the last second counts'], ['tok', undefined, signed, 2_000_000_001, 'access expired', ''],
+    ['tok', undefined, { ...signed, expires: '0' }, now, 'access expired', 'expiry before digest'], ['tok', undefined, { ...signed, expires: '!' }, now, 'access expired', 'unreadable expiry'],
+    ['tok', undefined, { ...signed, signature: '6a47d98fz' }, now, 'unknown signed_key_id', ''],
+    ['tok', undefined, { ...signed, port: 9101 }, now, 'signature mismatch', ''], ['tok', undefined, { ...signed, id: 'sed' }, now, 'signature mismatch', ''], ['tok', undefined, { ...signed, signature: '6a47d98fb' }, now, 'signature mismatch', 'another key'],
+  ]
+  for (const [token, header, route, at, wanted, why] of rows) {
+    const answer = decideAccess({ token, header, route, keys: read.keys, now: at })
+    t.match(answer.ok ? answer.by : answer.detail, wanted, `${wanted} ${why}`)
+  }
+  t.match(decideAccess({ token: 'tok', header: undefined, route: signed, keys: new Map(), now }), { ok: false, fault: 'EDGE_VERIFIER_MISSING' })
+  t.equal(equalSecret('a', 'a'), true)
+  t.equal(equalSecret('a', 'ab'), false)
+})
