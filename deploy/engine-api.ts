@@ -2,8 +2,9 @@
  * The few calls to the Docker Engine API that building images needs, over node:http. The command line client may be missing, and
  * dockerode belongs to the server alone. API 1.41 is what Debian 12's engine speaks; later engines still accept it.
  */
-import { request, type IncomingMessage, type RequestOptions } from 'node:http'
+import { request, type IncomingMessage } from 'node:http'
 import { pipeline } from 'node:stream/promises'
+import { engineAddress } from './engine.mjs'
 
 const version = '/v1.41'
 
@@ -11,20 +12,11 @@ export type EngineCall = {
   method?: 'GET' | 'POST' | 'DELETE'
   /** Path below the version, with its query: `/images/create?fromSrc=-`. */
   path: string
-  body?: AsyncIterable<Uint8Array> | Buffer
+  body?: AsyncIterable<unknown> | Buffer
   contentType?: string
 }
 
 export type EngineAnswer = { status: number; text: string }
-
-/** Where the engine listens, from `DOCKER_HOST` (`unix:///path` or `tcp://host:port`) or the default socket. */
-export function engineAddress(dockerHost: string | undefined): RequestOptions {
-  if (dockerHost === undefined || dockerHost === '') return { socketPath: '/var/run/docker.sock' }
-  if (dockerHost.startsWith('unix://')) return { socketPath: dockerHost.slice('unix://'.length) }
-  const url = new URL(dockerHost.replace(/^tcp:/, 'http:'))
-  if (url.protocol !== 'http:') throw new Error(`DOCKER_HOST ${dockerHost}: only unix:// and tcp:// are supported`)
-  return { host: url.hostname, port: url.port === '' ? 2375 : Number(url.port) }
-}
 
 /** One call, its whole answer as text. Build and import answer 200 first and report failure in the stream: see `checkStream`. */
 export async function callEngine({ method = 'GET', path, body, contentType = 'application/json' }: EngineCall): Promise<EngineAnswer> {
