@@ -1,6 +1,7 @@
 /** Access by header and by the original's short signature; vectors computed by three implementations. */
 import t from 'tap'
-import { decideAccess, equalSecret, parseAccessKeys, readSecret, signShort } from '#policies/access.ts'
+import { formatScope, looksLikeAccessToken, parseAccessToken, scopeCovers, wholeSandbox, type AccessScope } from '#policies/access-token.ts'
+import { decideAccess, decideStrongAccess, equalSecret, mintAccessToken, parseAccessKeys, readSecret, signShort, signStrong } from '#policies/access.ts'
 import type { Route } from '#policies/route.ts'
 
 t.test('short signatures', async (t) => {
@@ -52,4 +53,36 @@ t.test('the decision table', async (t) => {
   t.match(decideAccess({ token: 'tok', header: undefined, route: signed, keys: new Map(), now }), { ok: false, fault: 'EDGE_VERIFIER_MISSING' })
   t.equal(equalSecret('a', 'a'), true)
   t.equal(equalSecret('a', 'ab'), false)
+})
+
+t.test('our own tokens', async (t) => {
+  const secret = readSecret('c2VjcmV0LWE=') as Uint8Array
+  const keys = new Map([['a', secret]])
+  const now = 1_800_000_000
+  const grant = { id: 'sec', port: 9100, epoch: 3, scope: { methods: ['GET', 'HEAD'], pathPrefix: '/api' } as AccessScope, keyId: 'a', secret, expires: 2_000_000_000n }
+  const token = mintAccessToken(grant)
+  t.match(token, /^sp1\.a\.x2qxvk\.3\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}$/)
+  t.ok(looksLikeAccessToken(token))
+  t.same(parseAccessToken(token)?.scope, grant.scope)
+  const ask = { token, id: 'sec', port: 9100, method: 'GET', path: '/api/x', epoch: 3, keys, now }
+  const wide = mintAccessToken({ ...grant, scope: wholeSandbox })
+  const [head, body] = [token.slice(0, token.lastIndexOf('.')), token.slice(token.lastIndexOf('.') + 1)]
+  const rows: [change: Partial<typeof ask>, wanted: string][] = [
+    [{}, 'token'], [{ method: 'HEAD', path: '/api' }, 'token'], [{ epoch: 2 }, 'token'], [{ now: 2_000_000_000.9 }, 'token'],
+    [{ method: 'POST' }, 'does not cover'], [{ path: '/apix' }, 'does not cover'], [{ path: '/' }, 'does not cover'],
+    [{ path: '/api/../x' }, 'does not cover'], [{ path: '/api/%2e%2E/x' }, 'does not cover'], [{ path: '/api%2f..' }, 'does not cover'], [{ path: '/api/..\\x' }, 'does not cover'], [{ path: '/api/..;a/x' }, 'does not cover'],
+    [{ token: wide, method: 'DELETE', path: '/any/../thing' }, 'token'],
+    [{ now: 2_000_000_001 }, 'expired'], [{ epoch: 4 }, 'revoked'], [{ id: 'sed' }, 'not valid'], [{ port: 9101 }, 'not valid'], [{ keys: new Map() }, 'not valid'],
+    [{ token: token.replace('.3.', '.4.'), epoch: 4 }, 'not valid'], [{ token: token.replace('x2qxvk', 'x2qxvz') }, 'not valid'], [{ token: `${head}.${body.slice(0, -1)}${body.endsWith('A') ? 'E' : 'A'}` }, 'not valid'],
+    [{ token: '' }, 'malformed'], [{ token: `${token}x` }, 'malformed'], [{ token: token.replace('.3.', '.03.') }, 'malformed'], [{ token: token.replace('x2qxvk', '0x2qxv') }, 'malformed'], [{ token: token.replace(/\.3\.[^.]+/, '.3.AAAA') }, 'malformed'],
+  ]
+  for (const [change, wanted] of rows) {
+    const answer = decideStrongAccess({ ...ask, ...change })
+    t.match(answer.ok ? answer.by : answer.detail, wanted, JSON.stringify(change))
+  }
+  t.ok(scopeCovers({ methods: null, pathPrefix: '/api/' }, 'GET', '/api/x'))
+  t.notOk(scopeCovers({ methods: null, pathPrefix: '/api/' }, 'GET', '/api'))
+  for (const scope of [{ methods: ['get'], pathPrefix: '/' }, { methods: [], pathPrefix: '/' }, { methods: null, pathPrefix: 'api' }, { methods: null, pathPrefix: '/a b' }, { methods: null, pathPrefix: '/a/../b' }]) t.throws(() => formatScope(scope), RangeError)
+  const parts = { id: 'ab', port: 1, expires: '1', epoch: 0, scopeText: 'x' }
+  t.not(signStrong(secret, parts), signStrong(secret, { ...parts, id: 'a', expires: 'b1' }), 'parts are kept apart')
 })
