@@ -1,0 +1,26 @@
+/**
+ * The upstream of the gateway bench: the least a keep-alive HTTP server can do, so that it is never what limits. `node http-backend.ts <port>`.
+ * `/64k` answers 65,536 bytes, everything else five. Requests have no body; a head may come in pieces, and several may come at once.
+ */
+import { createServer } from 'node:net'
+
+const small = answer(Buffer.from('hello'))
+const large = answer(Buffer.alloc(65_536, 'x'))
+const end = Buffer.from('\r\n\r\n')
+const largePath = Buffer.from('GET /64k ')
+
+createServer({ noDelay: true }, (socket) => {
+  let rest: Buffer = Buffer.alloc(0)
+  socket.on('error', () => socket.destroy())
+  socket.on('data', (chunk: Buffer) => {
+    rest = rest.length === 0 ? chunk : Buffer.concat([rest, chunk])
+    for (let at = rest.indexOf(end); at !== -1; at = rest.indexOf(end)) {
+      socket.write(rest.subarray(0, largePath.length).equals(largePath) ? large : small)
+      rest = rest.subarray(at + end.length)
+    }
+  })
+}).listen(Number(process.argv[2]), '127.0.0.1')
+
+function answer(body: Buffer): Buffer {
+  return Buffer.concat([Buffer.from(`HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: ${body.length}\r\nDate: Thu, 01 Jan 2026 00:00:00 GMT\r\n\r\n`), body])
+}
