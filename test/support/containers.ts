@@ -3,10 +3,9 @@ import Docker from 'dockerode'
 import { randomBytes } from 'node:crypto'
 import { finished } from 'node:stream/promises'
 import { PassThrough } from 'node:stream'
+import { ignoreGone, namePrefix, ownerLabel, sweepLeftovers } from './leftovers.ts'
 
 export const docker = new Docker()
-/** On every container and network the tests make themselves; leftovers of killed runs are found by it. */
-export const testLabel = 'sallyport.test/owner'
 export const sandboxImage = 'sallyport/sandbox:local'
 
 export type Output = { readonly code: number; readonly stdout: string; readonly stderr: string }
@@ -35,20 +34,22 @@ export interface TestNetwork extends AsyncDisposable {
 
 /** A bridge network of the test with Docker's own defaults (neighbours may talk); its containers are removed with it. */
 export async function createNetwork(purpose: string): Promise<TestNetwork> {
+  await sweepLeftovers(docker)
   const suffix = randomBytes(3).toString('hex')
-  const name = `sp-test-${purpose}-${suffix}`
+  const name = `${namePrefix}${process.pid}-${purpose}-${suffix}`
   const bridge = `spt-${suffix}`
-  const network = await docker.createNetwork({ Name: name, Driver: 'bridge', Options: { 'com.docker.network.bridge.name': bridge }, Labels: { [testLabel]: purpose } })
+  const network = await docker.createNetwork({ Name: name, Driver: 'bridge', Options: { 'com.docker.network.bridge.name': bridge }, Labels: { [ownerLabel]: String(process.pid) } })
   const started: Docker.Container[] = []
   return {
     name,
     bridge,
     async run(options = {}) {
       const container = await docker.createContainer({
+        name: `${name}-${started.length}`,
         Image: sandboxImage,
         Entrypoint: ['sleep', '3600'],
         ...options,
-        Labels: { [testLabel]: purpose },
+        Labels: { [ownerLabel]: String(process.pid) },
         HostConfig: { NetworkMode: name, ...options.HostConfig },
       })
       started.push(container)
@@ -57,8 +58,8 @@ export async function createNetwork(purpose: string): Promise<TestNetwork> {
       return { id: container.id, address: NetworkSettings.Networks[name]?.IPAddress ?? '' }
     },
     async [Symbol.asyncDispose]() {
-      await Promise.all(started.map((container) => container.remove({ force: true, v: true }).catch(() => undefined)))
-      await network.remove().catch(() => undefined)
+      await Promise.all(started.map((container) => container.remove({ force: true, v: true }).catch(ignoreGone)))
+      await network.remove().catch(ignoreGone)
     },
   }
 }

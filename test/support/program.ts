@@ -24,10 +24,12 @@ export type Start = {
   /** Asked again and again until it says true; `seconds` (20) without it ends the start with the program's own words. */
   readonly ready: () => Promise<boolean>
   readonly seconds?: number
+  /** Told the process id before anything is waited for. */
+  readonly started?: (pid: number) => Promise<void>
 }
 
 /** @throws when the program ends before it is ready, or is not ready in time; it does not run on then */
-export async function startProgram({ args, env = {}, ready, seconds = 20 }: Start): Promise<Program> {
+export async function startProgram({ args, env = {}, ready, seconds = 20, started }: Start): Promise<Program> {
   const child = execa({ cwd: root, env, reject: false, all: true, buffer: false, stdin: 'ignore' })`${process.execPath} ${args}`
   let log = ''
   let over = false
@@ -54,6 +56,7 @@ export async function startProgram({ args, env = {}, ready, seconds = 20 }: Star
       if (!over) await program.stop()
     },
   }
+  await started?.(program.pid)
   const deadline = Date.now() + seconds * 1000
   while (!(await ready().catch(() => false))) {
     if (over) throw new Error(`${args[0]} ended (${await ended}) before it was ready:\n${log}`)

@@ -4,7 +4,7 @@
  * instance, also when the test failed or killed the server.
  */
 import { randomBytes } from 'node:crypto'
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { appendFile, mkdir, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { request } from 'undici'
@@ -14,6 +14,7 @@ import { labels } from '#policies/wire.ts'
 import { createApi, type Api, type SandboxBody } from './api.ts'
 import { docker, exec, sandboxImage, type Output } from './containers.ts'
 import type { Internet } from './internet.ts'
+import { ignoreGone, namePrefix, programsFile, sweepLeftovers } from './leftovers.ts'
 import { eventually, freePort, startProgram, type Program } from './program.ts'
 
 export type GatewayMode = 'wildcard' | 'uri' | 'header' | 'auto'
@@ -58,9 +59,12 @@ export interface Stack extends AsyncDisposable {
 }
 
 export async function startStack({ internet, gateways = [], config = {}, env = {} }: StackOptions): Promise<Stack> {
+  await sweepLeftovers(docker)
   const tag = randomBytes(3).toString('hex')
-  const folder = await mkdtemp(join(tmpdir(), 'sp-test-'))
-  const names = { instance: `sp-test-${tag}`, network: `sp-test-${tag}`, bridge: `spt-${tag}` }
+  const name = `${namePrefix}${process.pid}-${tag}`
+  const folder = join(tmpdir(), name)
+  await mkdir(folder)
+  const names = { instance: name, network: name, bridge: `spt-${tag}` }
   const secrets = { apiKey: randomBytes(24).toString('base64url'), routeToken: randomBytes(24).toString('base64url') }
   const ports = { server: await freePort(), gateways: await Promise.all(gateways.map(() => freePort())) }
   const merged = mergeTables(serverConfig({ folder, names, secrets, internet, port: ports.server, gateway: gatewayAddress(gateways[0], ports.gateways[0]) }), config)
@@ -136,7 +140,8 @@ class RunningStack implements Stack {
   async startServer(): Promise<Program> {
     const args = ['server/main.ts', '--config', this.#file]
     const ready = async (): Promise<boolean> => (await request(`${this.api.url}/health`)).body.text().then(() => true)
-    this.#server = await startProgram({ args, env: this.#env, ready })
+    const started = (pid: number): Promise<void> => this.#note(pid)
+    this.#server = await startProgram({ args, env: this.#env, ready, started })
     return this.#server
   }
 
@@ -148,7 +153,13 @@ class RunningStack implements Stack {
       await answer.body.text()
       return answer.statusCode === 200
     }
-    this.gateways.set(mode, { url, program: await startProgram({ args, ready }) })
+    const started = (pid: number): Promise<void> => this.#note(pid)
+    this.gateways.set(mode, { url, program: await startProgram({ args, ready, started }) })
+  }
+
+  /** So that the next run finds the program, should this one be killed. */
+  async #note(pid: number): Promise<void> {
+    await appendFile(join(this.folder, programsFile), `${pid}\n`)
   }
 
   async create(options: CreateOptions = {}): Promise<Sandbox> {
@@ -197,8 +208,4 @@ class RunningStack implements Stack {
     await rm(this.folder, { recursive: true, force: true })
     if (failures.length > 0) throw new AggregateError(failures, 'the stack did not end cleanly')
   }
-}
-
-function ignoreGone(error: { statusCode?: number }): void {
-  if (error.statusCode !== 404 && error.statusCode !== 409) throw error
 }

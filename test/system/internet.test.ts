@@ -1,11 +1,11 @@
 /** The tests' own internet keeps its promises: everything that leaves a sandbox ends there and is counted, and nothing of it stays behind. */
 import { execa } from 'execa'
-import { randomBytes } from 'node:crypto'
 import { join } from 'node:path'
 import { once } from 'node:events'
 import t, { type Test } from 'tap'
 import { createNetwork, exec } from '#test/support/containers.ts'
 import { hostLink, netns } from '#test/support/internet-layout.ts'
+import { namePrefix } from '#test/support/leftovers.ts'
 import { startInternet, type Flow, type Internet } from '#test/support/internet.ts'
 
 const zones = {
@@ -30,7 +30,7 @@ function sent(flows: readonly Flow[], to: string, protocol: string, port: number
 
 t.test('a namespace that is attached', async (t) => {
   await using internet = await startInternet({ zones })
-  const name = `sp-test-attached-${randomBytes(2).toString('hex')}`
+  const name = `${namePrefix}${process.pid}-attached`
   await execa`ip netns add ${name}`
   t.teardown(() => execa({ reject: false })`ip netns delete ${name}`)
   await internet.attach(name)
