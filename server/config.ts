@@ -1,0 +1,206 @@
+/**
+ * The server's configuration: one TOML file, one schema, and the checks that span several keys.
+ * Unknown tables and keys are ignored, as in the original, so that its files load here.
+ */
+import { readFileSync } from 'node:fs'
+import { homedir } from 'node:os'
+import { parse, TomlError } from 'smol-toml'
+import ipaddr from 'ipaddr.js'
+import Type, { type Static } from 'typebox'
+import { parseAccessKeys } from '#policies/access.ts'
+import { checkConfig, ConfigError } from '#policies/config.ts'
+import type { Problem } from '#policies/problem.ts'
+import { gatewayAddressProblem } from '#policies/route.ts'
+import { hostUpstreams } from './resolvers.ts'
+
+const table = { default: {} }
+const text = (description: string) => Type.Optional(Type.String({ minLength: 1, description }))
+
+const ServerSchema = Type.Object({
+  host: Type.String({ minLength: 1, default: '0.0.0.0', description: 'address to listen on; in direct mode also the address sandbox ports are published on' }),
+  port: Type.Integer({ minimum: 0, maximum: 65535, default: 8080, description: 'port to listen on; 0 picks a free one' }),
+  api_key: Type.Optional(Type.String({ description: 'the key clients send as OPEN-SANDBOX-API-KEY' })),
+  api_key_file: text('file that holds the key'),
+  eip: text('host part of direct endpoints, when clients reach this machine under another address'),
+  max_sandbox_timeout_seconds: Type.Optional(Type.Integer({ minimum: 60, description: 'longest timeout a create may ask for' })),
+  create_wait_seconds: Type.Number({ minimum: 0, maximum: 600, default: 10, description: 'how long POST waits for Running before it answers Pending' }),
+  timeout_keep_alive: Type.Integer({ minimum: 1, default: 30, description: 'seconds an idle client connection is kept' }),
+  limit_concurrency: Type.Integer({ minimum: 0, default: 1024, description: 'client connections at once; 0 means no limit' }),
+  backlog: Type.Integer({ minimum: 1, default: 2048, description: 'connections the kernel holds until they are accepted' }),
+  max_body_bytes: Type.Integer({ minimum: 1024, default: 1048576, description: 'largest request body' }),
+}, table)
+
+const DockerSchema = Type.Object({
+  network_mode: Type.String({ minLength: 1, default: 'bridge', description: 'bridge: our own isolated network; another name: that existing Docker network' }),
+  default_bridge: Type.Boolean({ default: false, description: 'bridge means docker0, where sandboxes are not isolated from neighbours' }),
+  network_name: Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', default: 'sallyport', description: 'name of our own network' }),
+  bridge_name: Type.String({ pattern: '^[A-Za-z][A-Za-z0-9_-]{0,14}$', default: 'sallyport0', description: 'its bridge on the host' }),
+  host_guard: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'keeps sandboxes off the host, its published ports and the floor by nftables' }),
+  floor: Type.Array(Type.String(), { default: ['169.254.0.0/16', '100.100.100.200', '168.63.129.16', 'fd00:ec2::254'], description: 'addresses no sandbox reaches, with or without a policy: cloud metadata' }),
+  adopt: Type.Boolean({ default: false, description: 'take over sandboxes of the original server (containers without an instance label)' }),
+  instance: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', description: 'whose objects these are; made once and kept in the store when absent' })),
+  api_timeout: Type.Integer({ minimum: 1, default: 180, description: 'seconds a call to the Docker engine may take' }),
+  drop_capabilities: Type.Array(Type.String(), {
+    default: ['AUDIT_WRITE', 'MKNOD', 'NET_ADMIN', 'NET_RAW', 'SYS_ADMIN', 'SYS_MODULE', 'SYS_PTRACE', 'SYS_TIME', 'SYS_TTY_CONFIG'],
+    description: 'taken from sandboxes; NET_ADMIN and NET_RAW are always taken',
+  }),
+  apparmor_profile: Type.Optional(Type.String({ description: 'AppArmor profile of sandboxes' })),
+  no_new_privileges: Type.Boolean({ default: true, description: 'setuid programs in a sandbox gain nothing' }),
+  seccomp_profile: Type.Optional(Type.String({ description: 'file with a seccomp profile, or the profile itself' })),
+  pids_limit: Type.Integer({ minimum: 1, default: 4096, description: 'processes a sandbox may have' }),
+}, table)
+
+const EgressSchema = Type.Object({
+  image: text('image of the egress sidecar; without it a create with networkPolicy is refused'),
+  mode: Type.Union([Type.Literal('dns'), Type.Literal('dns+nft')], { default: 'dns+nft', description: 'dns checks names only and leaves direct addresses open' }),
+  disable_ipv6: Type.Boolean({ default: true, description: 'no IPv6 in sandboxes with a policy' }),
+  dns_upstreams: Type.Optional(Type.Array(Type.String(), { minItems: 1, description: "resolvers, `address` or `address:port`; default: the host's, loopback stubs resolved" })),
+  memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar' }),
+  pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
+  ready_seconds: Type.Number({ minimum: 1, maximum: 300, default: 30, description: 'how long a sidecar may take to have its rules in the kernel' }),
+}, table)
+
+const IngressSchema = Type.Object({
+  mode: Type.Union([Type.Literal('direct'), Type.Literal('gateway')], { default: 'direct', description: 'direct publishes host ports; gateway publishes none' }),
+  route_token: text('token of the route stream for gateways; without it there is no stream'),
+  route_token_file: text('file that holds it'),
+  gateway: Type.Optional(Type.Object({
+    address: Type.String({ minLength: 1, description: 'where clients reach the gateway: `*.example.com[:port]` (wildcard) or `host[:port]`' }),
+    route: Type.Object({ mode: Type.Union([Type.Literal('wildcard'), Type.Literal('uri'), Type.Literal('header')], { description: 'how requests name the sandbox' }) }),
+  })),
+  secure_access: Type.Optional(Type.Object({
+    active_key: Type.String({ pattern: '^[0-9a-z]$', description: 'key that signs new endpoints' }),
+    keys: Type.Array(Type.Object({ key_id: Type.String({ pattern: '^[0-9a-z]$' }), key: Type.String({ minLength: 1 }) }), { minItems: 1, description: 'base64 secrets' }),
+  })),
+}, table)
+
+export const ConfigSchema = Type.Object({
+  server: ServerSchema,
+  log: Type.Object({ level: Type.String({ minLength: 3, default: 'INFO', description: 'DEBUG, INFO, WARNING or ERROR' }) }, table),
+  runtime: Type.Object({
+    type: Type.Literal('docker', { default: 'docker' }),
+    execd_image: text('image that execd is taken from; without it sandboxes have no execd'),
+  }, table),
+  docker: DockerSchema,
+  egress: EgressSchema,
+  ingress: IngressSchema,
+  store: Type.Object({
+    type: Type.Literal('sqlite', { default: 'sqlite' }),
+    path: Type.String({ minLength: 1, default: '~/.opensandbox/sallyport.db', description: 'database file; its folder is created' }),
+  }, table),
+})
+
+type Checked = Static<typeof ConfigSchema>
+export type Upstream = { readonly address: string; readonly port: number }
+export type Config = Checked & {
+  readonly apiKey: string | null
+  readonly routeToken: string | null
+  readonly upstreams: readonly Upstream[]
+  /** PENDING_FAILURE_TTL: how long a sandbox that failed stays visible. */
+  readonly failureTtlSeconds: number
+}
+
+/**
+ * Reads the file and the environment.
+ * @throws ConfigError with every problem found
+ */
+export function readConfig(path: string, env: Record<string, string | undefined>): Config {
+  const checked = checkConfig(ConfigSchema, readToml(path))
+  const problems: Problem[] = []
+  const config: Config = {
+    ...checked,
+    store: { ...checked.store, path: expandHome(checked.store.path) },
+    docker: { ...checked.docker, ...readSeccomp(checked, problems) },
+    apiKey: readApiKey(checked, env, problems),
+    routeToken: blankToNull(checked.ingress.route_token ?? readSecretFile('ingress.route_token_file', checked.ingress.route_token_file, problems)),
+    upstreams: readUpstreams(checked, problems),
+    failureTtlSeconds: Number.parseInt(env.PENDING_FAILURE_TTL ?? '', 10) || 3600,
+  }
+  problems.push(...crossCheck(config))
+  if (config.apiKey === null && env.OPENSANDBOX_INSECURE_SERVER !== 'YES') {
+    problems.push({ path: 'server.api_key', reason: 'is required; set OPENSANDBOX_INSECURE_SERVER=YES to run without one' })
+  }
+  if (problems.length > 0) throw new ConfigError(problems)
+  return Object.freeze(config)
+}
+
+function readToml(path: string): unknown {
+  try {
+    return parse(readFileSync(path, 'utf8'))
+  } catch (error) {
+    const reason = error instanceof TomlError ? `is not TOML: line ${error.line}, column ${error.column}` : `cannot be read: ${(error as NodeJS.ErrnoException).code ?? String(error)}`
+    throw new ConfigError([{ path, reason }])
+  }
+}
+
+function readApiKey(config: Checked, env: Record<string, string | undefined>, problems: Problem[]): string | null {
+  if (env.OPENSANDBOX_SERVER_API_KEY !== undefined) return blankToNull(env.OPENSANDBOX_SERVER_API_KEY)
+  const file = env.OPENSANDBOX_SERVER_API_KEY_FILE ?? config.server.api_key_file
+  return blankToNull(config.server.api_key ?? readSecretFile('server.api_key_file', file, problems))
+}
+
+function readSecretFile(path: string, file: string | undefined, problems: Problem[]): string | undefined {
+  if (file === undefined) return undefined
+  try {
+    return readFileSync(expandHome(file), 'utf8').trim()
+  } catch (error) {
+    problems.push({ path, reason: `cannot be read: ${(error as NodeJS.ErrnoException).code ?? String(error)}` })
+    return undefined
+  }
+}
+
+function readUpstreams(config: Checked, problems: Problem[]): Upstream[] {
+  if (config.egress.dns_upstreams === undefined) return hostUpstreams()
+  const upstreams: Upstream[] = []
+  for (const [index, item] of config.egress.dns_upstreams.entries()) {
+    const match = /^(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?$/.exec(ipaddr.isValid(item) ? `[${item}]` : item)
+    const address = match?.[1] ?? match?.[2] ?? ''
+    const port = Number(match?.[3] ?? 53)
+    const fits = ipaddr.isValid(address) && port >= 1 && port <= 65535
+    if (!fits) problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'must be an IP address, or an address and a port' })
+    else if (ipaddr.process(address).range() === 'loopback') problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'a loopback address means another machine inside a sandbox' })
+    else upstreams.push({ address: ipaddr.process(address).toString(), port })
+  }
+  return upstreams
+}
+
+/** The Engine API wants the profile itself, not a path (a path is only understood by the docker command). */
+function readSeccomp(config: Checked, problems: Problem[]): { seccomp_profile?: string } {
+  const profile = config.docker.seccomp_profile
+  if (profile === undefined || profile === '' || profile === 'unconfined' || profile.trimStart().startsWith('{')) return {}
+  const read = readSecretFile('docker.seccomp_profile', profile, problems)
+  return read === undefined ? {} : { seccomp_profile: read }
+}
+
+function crossCheck(config: Config): Problem[] {
+  const problems: Problem[] = []
+  const { ingress, docker } = config
+  if (ingress.mode === 'gateway' && ingress.gateway === undefined) problems.push({ path: 'ingress.gateway', reason: 'is required when ingress.mode is gateway' })
+  if (ingress.mode === 'direct' && ingress.gateway !== undefined) problems.push({ path: 'ingress.gateway', reason: 'only goes with ingress.mode = "gateway"' })
+  if (ingress.mode === 'direct' && ingress.secure_access !== undefined) problems.push({ path: 'ingress.secure_access', reason: 'only goes with ingress.mode = "gateway"' })
+  if (ingress.gateway !== undefined) {
+    const reason = gatewayAddressProblem(ingress.gateway.route.mode, ingress.gateway.address)
+    if (reason !== null) problems.push({ path: 'ingress.gateway.address', reason })
+  }
+  if (ingress.secure_access !== undefined) {
+    const { active_key, keys } = ingress.secure_access
+    const parsed = parseAccessKeys(keys.map((k) => `${k.key_id}=${k.key}`).join(','), 'ingress.secure_access.keys')
+    if (!parsed.ok) problems.push(...parsed.problems)
+    else if (!parsed.keys.has(active_key)) problems.push({ path: 'ingress.secure_access.active_key', reason: 'names no key of ingress.secure_access.keys' })
+  }
+  if (docker.network_mode.toLowerCase() === 'host' || docker.network_mode === 'none' || docker.network_mode.startsWith('container:')) {
+    problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
+  }
+  for (const [index, item] of docker.floor.entries()) {
+    if (!ipaddr.isValid(item) && !ipaddr.isValidCIDR(item)) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
+  }
+  return problems
+}
+
+function blankToNull(value: string | undefined): string | null {
+  return value === undefined || value.trim() === '' ? null : value
+}
+
+function expandHome(path: string): string {
+  return path === '~' || path.startsWith('~/') ? homedir() + path.slice(1) : path
+}

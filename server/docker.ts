@@ -1,0 +1,222 @@
+/** The Docker engine, as the rest of the server sees it. The only importer of dockerode. */
+import Dockerode from 'dockerode'
+import type { ContainerSpec } from './container-spec.ts'
+import type { ContainerState, Fact } from './group.ts'
+import { labels } from '#policies/wire.ts'
+
+/** A container with all that a sweep needs to know. */
+export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly createdAt: number }
+export type NetworkFact = { readonly id: string; readonly name: string; readonly driver: string; readonly bridge: string; readonly subnets: readonly string[]; readonly labels: Readonly<Record<string, string>> }
+export type EngineEvent = { readonly kind: 'container' | 'network'; readonly action: string; readonly labels: Readonly<Record<string, string>>; readonly name: string }
+
+/** An error of the engine. `status` is its HTTP status, 0 when the engine could not be asked. */
+export class EngineError extends Error {
+  readonly status: number
+  constructor(message: string, status: number, options?: ErrorOptions) {
+    super(message, options)
+    this.name = 'EngineError'
+    this.status = status
+  }
+}
+
+export class Docker {
+  readonly #docker: Dockerode
+
+  /** Engine from DOCKER_HOST, else the default socket. @param timeout ms a call may take */
+  constructor(timeout: number) {
+    this.#docker = new Dockerode({ timeout })
+  }
+
+  async ping(): Promise<{ version: string; arch: string }> {
+    return call(async () => {
+      const version = await this.#docker.version()
+      return { version: version.Version, arch: version.Arch }
+    })
+  }
+
+  /** Containers, running or not, that carry all of these labels (`key` or `key=value`). */
+  async list(wanted: readonly string[]): Promise<Found[]> {
+    return call(async () => (await this.#docker.listContainers({ all: true, filters: { label: [...wanted] } })).map(toFound))
+  }
+
+  /** Names of containers, running or not, on a network. */
+  async users(network: string): Promise<string[]> {
+    return call(async () => (await this.#docker.listContainers({ all: true, filters: { network: [network] } })).flatMap((c) => c.Names))
+  }
+
+  async create(spec: ContainerSpec): Promise<string> {
+    return call(async () => (await this.#docker.createContainer(toOptions(spec))).id)
+  }
+
+  async start(containerId: string): Promise<void> {
+    await call(() => this.#docker.getContainer(containerId).start())
+  }
+
+  /** IPv4 address on its network, empty when it has none. */
+  async address(containerId: string): Promise<string> {
+    return call(async () => {
+      const inspected = await this.#docker.getContainer(containerId).inspect()
+      return Object.values(inspected.NetworkSettings.Networks)[0]?.IPAddress ?? ''
+    })
+  }
+
+  async pause(containerId: string): Promise<void> {
+    await call(() => this.#docker.getContainer(containerId).pause())
+  }
+
+  async resume(containerId: string): Promise<void> {
+    await call(() => this.#docker.getContainer(containerId).unpause())
+  }
+
+  /** Kills and removes, with its anonymous volumes. Gone already, or about to be, is fine. */
+  async remove(containerId: string): Promise<void> {
+    try {
+      await call(() => this.#docker.getContainer(containerId).remove({ force: true, v: true }))
+    } catch (error) {
+      const status = (error as EngineError).status
+      if (status !== 404 && status !== 409) throw error
+      if (status === 409) await this.#waitRemoved(containerId)
+    }
+  }
+
+  async #waitRemoved(containerId: string): Promise<void> {
+    try {
+      await call(() => this.#docker.getContainer(containerId).wait({ condition: 'removed' }))
+    } catch (error) {
+      if ((error as EngineError).status !== 404) throw error
+    }
+  }
+
+  /** null when the engine has no such image. */
+  async image(reference: string): Promise<{ id: string; os: string; arch: string } | null> {
+    try {
+      const image = await call(() => this.#docker.getImage(reference).inspect())
+      return { id: image.Id, os: image.Os, arch: image.Architecture }
+    } catch (error) {
+      if ((error as EngineError).status === 404) return null
+      throw error
+    }
+  }
+
+  /** Pulls; errors that arrive inside the stream count too. `progress` gets the engine's status lines. */
+  async pull(reference: string, options: { platform: string | null; auth: { username: string; password: string } | null }, progress: (line: string) => void): Promise<void> {
+    await call(async () => {
+      const stream = await this.#docker.pull(reference, {
+        ...(options.platform === null ? {} : { platform: options.platform }),
+        ...(options.auth === null ? {} : { authconfig: options.auth }),
+      })
+      await new Promise<void>((resolve, reject) => {
+        this.#docker.modem.followProgress(stream, (error) => (error === null ? resolve() : reject(error)), (line: { status?: string; progress?: string }) => progress(`${line.status ?? ''} ${line.progress ?? ''}`.trim()))
+      })
+    })
+  }
+
+  async network(name: string): Promise<NetworkFact | null> {
+    try {
+      const found = await call(() => this.#docker.getNetwork(name).inspect()) as Dockerode.NetworkInspectInfo
+      const bridge = found.Options?.['com.docker.network.bridge.name'] ?? `br-${found.Id.slice(0, 12)}`
+      const subnets = (found.IPAM?.Config ?? []).flatMap((config) => (config.Subnet === undefined ? [] : [config.Subnet]))
+      return { id: found.Id, name: found.Name, driver: found.Driver, bridge, subnets, labels: found.Labels ?? {} }
+    } catch (error) {
+      if ((error as EngineError).status === 404) return null
+      throw error
+    }
+  }
+
+  /** A bridge network of ours: IPv4, containers cannot talk to each other. */
+  async createNetwork(name: string, bridge: string, ownLabels: Record<string, string>): Promise<void> {
+    await call(() => this.#docker.createNetwork({
+      Name: name,
+      CheckDuplicate: true,
+      Driver: 'bridge',
+      EnableIPv6: false,
+      Labels: ownLabels,
+      Options: { 'com.docker.network.bridge.name': bridge, 'com.docker.network.bridge.enable_icc': 'false' },
+    }))
+  }
+
+  async removeNetwork(name: string): Promise<void> {
+    await call(() => this.#docker.getNetwork(name).remove())
+  }
+
+  /** Events from now on; `ended` is called once when the stream breaks. */
+  async events(onEvent: (event: EngineEvent) => void, ended: () => void): Promise<{ close(): void }> {
+    const stream = await call(() => this.#docker.getEvents({ filters: JSON.stringify({ type: ['container', 'network'] }) }))
+    let rest = ''
+    let closed = false
+    const end = (): void => { if (!closed) { closed = true; ended() } }
+    stream.setEncoding('utf8')
+    stream.on('data', (chunk: string) => {
+      const lines = (rest + chunk).split('\n')
+      rest = lines.pop() ?? ''
+      for (const line of lines) if (line !== '') onEvent(toEvent(JSON.parse(line)))
+    })
+    stream.on('end', end).on('error', end).on('close', end)
+    return { close: () => { closed = true; (stream as unknown as { destroy(): void }).destroy() } }
+  }
+}
+
+/** Foreign errors become EngineError, so that nobody else reads dockerode's. */
+async function call<T>(work: () => Promise<T>): Promise<T> {
+  try {
+    return await work()
+  } catch (error) {
+    const { statusCode, json, message } = error as { statusCode?: number; json?: { message?: string }; message: string }
+    throw new EngineError(json?.message ?? message, statusCode ?? 0, { cause: error })
+  }
+}
+
+function toEvent(raw: { Type: string; Action: string; Actor?: { Attributes?: Record<string, string> } }): EngineEvent {
+  const attributes = raw.Actor?.Attributes ?? {}
+  return { kind: raw.Type === 'network' ? 'network' : 'container', action: raw.Action, labels: attributes, name: attributes.name ?? '' }
+}
+
+function toFound(info: Dockerode.ContainerInfo): Found {
+  return {
+    containerId: info.Id,
+    member: info.Labels[labels.role] ?? 'main',
+    state: info.State as ContainerState,
+    exitCode: exitCodeOf(info.Status),
+    address: Object.values(info.NetworkSettings?.Networks ?? {})[0]?.IPAddress ?? '',
+    labels: info.Labels,
+    image: info.Image,
+    createdAt: info.Created * 1000,
+  }
+}
+
+/** The list tells an exit code only in words: `Exited (137) 2 minutes ago`. */
+function exitCodeOf(status: string): number | null {
+  const code = /^Exited \((\d+)\)/.exec(status)?.[1]
+  return code === undefined ? null : Number(code)
+}
+
+function toOptions(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
+  const ports = [...spec.publish]
+  // Known to the engine since API 1.41, not to the type definitions.
+  const cgroups: object = { CgroupnsMode: spec.cgroupns }
+  return {
+    name: spec.name,
+    Image: spec.image,
+    Labels: { ...spec.labels },
+    Env: [...spec.env],
+    ...(spec.entrypoint === null ? {} : { Entrypoint: [...spec.entrypoint] }),
+    ...(spec.cmd === null ? {} : { Cmd: [...spec.cmd] }),
+    ...(spec.platform === null ? {} : { platform: `${spec.platform.os}/${spec.platform.arch}` }),
+    ExposedPorts: Object.fromEntries(ports.map(([port]) => [`${port}/tcp`, {}])),
+    HostConfig: {
+      NetworkMode: 'name' in spec.network ? spec.network.name : `container:${spec.network.join}`,
+      PortBindings: Object.fromEntries(ports.map(([port, host]) => [`${port}/tcp`, [{ HostIp: spec.publishAddress, HostPort: String(host) }]])),
+      CapAdd: [...spec.capAdd],
+      CapDrop: [...spec.capDrop],
+      SecurityOpt: [...spec.securityOpt],
+      Sysctls: { ...spec.sysctls },
+      Dns: [...spec.dns],
+      ...cgroups,
+      ReadonlyRootfs: spec.readOnly,
+      PidsLimit: spec.pids,
+      ...(spec.memory > 0 ? { Memory: spec.memory } : {}),
+      ...(spec.nanoCpus > 0 ? { NanoCpus: spec.nanoCpus } : {}),
+      ...(spec.gpus === 0 ? {} : { DeviceRequests: [{ Count: spec.gpus, Capabilities: [['gpu']] }] }),
+    },
+  }
+}

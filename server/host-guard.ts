@@ -1,0 +1,112 @@
+/**
+ * Keeps sandboxes off the host. Docker's own isolation leaves neighbours' published ports, every service of the host
+ * and the cloud's metadata address open to a container; these rules close them, with or without a network policy.
+ * Several servers may share the tables: chains are the same for all, what differs are set elements, and every server
+ * leaves a claim that keeps the tables alive. The only file of the server that starts a program (`nft`).
+ */
+import { execa } from 'execa'
+import ipaddr from 'ipaddr.js'
+import type { Upstream } from './config.ts'
+
+export type Guarded = {
+  /** Bridge that sandboxes hang on; null while it does not exist. */
+  readonly bridge: string | null
+  /** Our own network: neighbours must not see each other. A named one may hold services that sandboxes shall reach. */
+  readonly isolated: boolean
+  /** IPv4 subnets of the isolated network. */
+  readonly subnets: readonly string[]
+  readonly resolvers: readonly Upstream[]
+  readonly floor: readonly string[]
+  /** This server's mark, see `instanceMark`. */
+  readonly claim: number
+}
+
+/** Runs nft; a seam for tests. @throws when it fails */
+export type Nft = (args: readonly string[], input: string) => Promise<string>
+
+export const runNft: Nft = async (args, input) => (await execa('nft', [...args], { input, timeout: 10_000, env: { HOME: '/nonexistent' } })).stdout
+
+export const guardTable = 'sallyport_host'
+
+/**
+ * One transaction, safe to load again and again: sets grow, chains are replaced, counters are kept.
+ * - prerouting, before any DNAT: a published port of a neighbour is still an address of the host here.
+ * - input: the same for what arrives without NAT; fib types may be missing, this rule never is.
+ * - forward: the floor by its original address and by the one after NAT; sandbox to sandbox; anything redirected.
+ * - bridge: neighbours on one bridge, whose frames never come to the forward hook when br_netfilter is off.
+ */
+export function guardText(guarded: Guarded): string {
+  const t = `inet ${guardTable}`
+  const b = `bridge ${guardTable}`
+  const bridge = guarded.bridge === null ? [] : [`"${guarded.bridge}"`]
+  const v4 = guarded.floor.filter((net) => !net.includes(':'))
+  const v6 = guarded.floor.filter((net) => net.includes(':'))
+  const resolvers = (kind: 'ipv4' | 'ipv6'): string[] =>
+    guarded.resolvers.filter((u) => ipaddr.parse(u.address).kind() === kind).flatMap((u) => ['udp', 'tcp'].map((proto) => `${u.address} . ${proto} . ${u.port}`))
+  const chain = (table: string, name: string, hook: string, rules: string[]): string[] =>
+    [`add chain ${table} ${name} { type filter hook ${hook}; policy accept; }`, `flush chain ${table} ${name}`, ...rules.map((rule) => `add rule ${table} ${name} ${rule}`)]
+  const elements = (table: string, set: string, items: readonly string[]): string[] =>
+    items.length === 0 ? [] : [`add element ${table} ${set} { ${items.join(', ')} }`]
+  const toResolver = ['ip daddr . meta l4proto . th dport @resolvers4 accept', 'ip6 daddr . meta l4proto . th dport @resolvers6 accept']
+  return [
+    `add table ${t}`,
+    `add set ${t} bridges { type ifname; }`,
+    `add set ${t} isolated { type ifname; }`,
+    `add set ${t} claims { type mark; }`,
+    `add set ${t} floor4 { type ipv4_addr; flags interval; auto-merge; }`,
+    `add set ${t} floor6 { type ipv6_addr; flags interval; auto-merge; }`,
+    `add set ${t} resolvers4 { type ipv4_addr . inet_proto . inet_service; }`,
+    `add set ${t} resolvers6 { type ipv6_addr . inet_proto . inet_service; }`,
+    `add counter ${t} to_host`,
+    `add counter ${t} to_floor`,
+    `add counter ${t} to_neighbour`,
+    ...chain(t, 'prerouting', 'prerouting priority -150', [
+      'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'fib daddr type != unicast counter name "to_host" drop',
+    ]),
+    ...chain(t, 'input', 'input priority -10', [
+      'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'counter name "to_host" drop',
+    ]),
+    ...chain(t, 'forward', 'forward priority -10', [
+      'iifname != @bridges accept', 'oifname @isolated counter name "to_neighbour" drop', 'ct state established,related accept', ...toResolver,
+      'ct original ip daddr @floor4 counter name "to_floor" drop', 'ip daddr @floor4 counter name "to_floor" drop',
+      'ct original ip6 daddr @floor6 counter name "to_floor" drop', 'ip6 daddr @floor6 counter name "to_floor" drop',
+      'ct status dnat counter name "to_neighbour" drop',
+    ]),
+    ...elements(t, 'bridges', bridge),
+    ...elements(t, 'isolated', guarded.isolated ? bridge : []),
+    ...elements(t, 'floor4', v4),
+    ...elements(t, 'floor6', v6),
+    ...elements(t, 'resolvers4', resolvers('ipv4')),
+    ...elements(t, 'resolvers6', resolvers('ipv6')),
+    ...elements(t, 'claims', [String(guarded.claim)]),
+    `add table ${b}`,
+    `add set ${b} subnets { type ipv4_addr; flags interval; auto-merge; }`,
+    `add counter ${b} to_neighbour`,
+    ...chain(b, 'forward', 'forward priority -200', ['ip saddr @subnets ip daddr @subnets counter name "to_neighbour" drop', 'arp saddr ip @subnets arp daddr ip @subnets counter name "to_neighbour" drop']),
+    ...elements(b, 'subnets', guarded.isolated ? guarded.subnets : []),
+  ].join('\n') + '\n'
+}
+
+export class HostGuard {
+  readonly #nft: Nft
+  constructor(nft: Nft = runNft) {
+    this.#nft = nft
+  }
+
+  /** Loads the rules, or makes sure they are still there. @throws when the rights or nft are missing */
+  async apply(guarded: Guarded): Promise<void> {
+    await this.#nft(['-f', '-'], guardText(guarded))
+  }
+
+  /**
+   * Takes this server's claim back, and a bridge that no longer exists. The tables go with the last claim.
+   * A claim that was not there is fine.
+   */
+  async release(claim: number, gone: string | null): Promise<void> {
+    await this.#nft(['-f', '-'], `delete element inet ${guardTable} claims { ${claim} }\n`).catch(() => undefined)
+    if (gone !== null) await this.#nft(['-f', '-'], `delete element inet ${guardTable} bridges { "${gone}" }\ndelete element inet ${guardTable} isolated { "${gone}" }\n`).catch(() => undefined)
+    const left = await this.#nft(['-j', 'list', 'set', 'inet', guardTable, 'claims'], '').catch(() => '')
+    if (left === '' || /"elem"/.test(left)) return
+    await this.#nft(['-f', '-'], `delete table inet ${guardTable}\ndelete table bridge ${guardTable}\n`)
+  }
+}

@@ -1,0 +1,56 @@
+/** Makes sure an image is there. Pulls of the same reference are shared. */
+import { ApiError } from './api-error.ts'
+import type { Platform } from './group.ts'
+
+/** What is asked of the engine; implemented by `Docker`. */
+export type ImageEngine = {
+  image(reference: string): Promise<{ id: string; os: string; arch: string } | null>
+  pull(reference: string, options: { platform: string | null; auth: Auth | null }, progress: (line: string) => void): Promise<void>
+}
+export type Auth = { readonly username: string; readonly password: string }
+export type Wanted = { readonly reference: string; readonly platform: Platform | null; readonly auth: Auth | null }
+
+type Pull = { readonly done: Promise<void>; readonly watchers: Set<(line: string) => void> }
+
+export class Images {
+  readonly #engine: ImageEngine
+  readonly #pulls = new Map<string, Pull>()
+
+  constructor(engine: ImageEngine) {
+    this.#engine = engine
+  }
+
+  /** @param progress gets a line now and then while a pull runs @throws ApiError DOCKER::SANDBOX_IMAGE_PULL_FAILED */
+  async ensure(wanted: Wanted, progress: (line: string) => void): Promise<void> {
+    const found = await this.#engine.image(wanted.reference)
+    if (found !== null && (wanted.platform === null || (found.os === wanted.platform.os && found.arch === wanted.platform.arch))) return
+    // Credentials are part of the key: nobody gets an image through another's password.
+    const key = JSON.stringify([wanted.reference, wanted.platform, wanted.auth])
+    let pull = this.#pulls.get(key)
+    if (pull === undefined) {
+      const watchers = new Set<(line: string) => void>()
+      pull = { watchers, done: this.#pull(wanted, (line) => { for (const watcher of watchers) watcher(line) }).finally(() => this.#pulls.delete(key)) }
+      this.#pulls.set(key, pull)
+    }
+    pull.watchers.add(progress)
+    try {
+      await pull.done
+    } finally {
+      pull.watchers.delete(progress)
+    }
+  }
+
+  async #pull(wanted: Wanted, progress: (line: string) => void): Promise<void> {
+    const reference = withTag(wanted.reference)
+    try {
+      await this.#engine.pull(reference, { platform: wanted.platform === null ? null : `${wanted.platform.os}/${wanted.platform.arch}`, auth: wanted.auth }, progress)
+    } catch (error) {
+      throw new ApiError('DOCKER::SANDBOX_IMAGE_PULL_FAILED', `Failed to pull image ${reference}: ${(error as Error).message.slice(0, 300)}`, { cause: error })
+    }
+  }
+}
+
+/** Without a tag the engine would pull every tag there is. */
+function withTag(reference: string): string {
+  return reference.includes('@') || reference.slice(reference.lastIndexOf('/') + 1).includes(':') ? reference : `${reference}:latest`
+}

@@ -1,0 +1,138 @@
+/** The lifecycle server: reads its configuration, wires the parts, serves until it is told to stop. */
+import { parseArgs } from 'node:util'
+import { homedir } from 'node:os'
+import { pino } from 'pino'
+import { ConfigError } from '#policies/config.ts'
+import { createWorkshop } from './carry-out.ts'
+import { readConfig, type Config } from './config.ts'
+import { Docker } from './docker.ts'
+import { Groups } from './groups.ts'
+import { HostGuard } from './host-guard.ts'
+import { HostPorts } from './host-ports.ts'
+import { instanceMark, newToken } from './ids.ts'
+import { Images } from './images.ts'
+import { SandboxNetwork } from './network.ts'
+import { RouteStream } from './route-stream.ts'
+import { toRoute } from './sandbox-view.ts'
+import { createServer } from './server.ts'
+import { createConfirmRules } from './sidecar.ts'
+import { Store } from './store.ts'
+import { Watch } from './watch.ts'
+
+/** sysexits.h: bad usage or configuration, a service that is missing, missing rights. */
+const exitUsage = 64
+const exitUnavailable = 69
+const exitNoRights = 77
+
+const config = readConfigOrExit()
+const log = pino({ level: pinoLevel(config.log.level) })
+const store = openOr(() => new Store(config.store.path), 'the store cannot be opened')
+const instance = store.instance(config.docker.instance, () => newToken().toLowerCase().replace(/[^a-z0-9]/g, '').slice(0, 16))
+const engine = new Docker(config.docker.api_timeout * 1000)
+const guard = config.docker.host_guard === 'on' ? new HostGuard() : null
+const network = new SandboxNetwork(config, { engine, guard, claim: instanceMark(instance) })
+const routes = new RouteStream()
+const ports = new HostPorts(config.server.host)
+const confirm = createConfirmRules(config.egress.ready_seconds * 1000)
+let guardFault = ''
+
+await network.guard().catch((error: unknown) => {
+  stopStart(exitNoRights, `the host guard cannot be set: ${guardText(error)}. Run as root with nftables installed, or set [docker] host_guard = "off" and accept that sandboxes reach this host`)
+})
+
+const groups = new Groups({
+  config, instance, store, engine, ports,
+  workshop: createWorkshop(config, new Images(engine), network, confirm),
+  now: Date.now,
+  changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
+  report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
+})
+const watch = new Watch({
+  engine, instance, network: network.name,
+  touch: (id, gateDied) => groups.touch(id, gateDied),
+  networkGone: () => network.forget(),
+  sweep: async () => {
+    await Promise.all([groups.sweep(), network.guard().then(() => { guardFault = '' }, (error: unknown) => { guardFault = guardText(error) })])
+  },
+  report: (event, detail) => log.warn({ event, ...detail }),
+})
+groups.load()
+await watch.start()
+
+const server = createServer({
+  config, groups, routes,
+  now: Date.now,
+  readiness: async () => {
+    const checks = {
+      engine: watch.connected ? 'ok' : 'unreachable',
+      store: storeCheck(),
+      host_guard: guard === null ? 'off' : guardFault === '' ? 'ok' : guardFault,
+      isolation: network.isolation,
+    }
+    return { ready: watch.connected && checks.store === 'ok' && guardFault === '', checks }
+  },
+  finished: (request) => log.info({ event: 'request', ...request }),
+})
+const address = await server.listen({ host: config.server.host, port: config.server.port, backlog: config.server.backlog }).catch((error: Error) => stopStart(exitUnavailable, `cannot listen: ${error.message}`))
+log.info({ event: 'listening', address, instance, isolation: network.isolation, host_guard: guard === null ? 'off' : 'on', upstreams: config.upstreams })
+if (guard === null) log.warn({ event: 'host-guard-off', detail: 'sandboxes reach this host, its published ports and cloud metadata' })
+if (config.apiKey === null) log.warn({ event: 'no-api-key', detail: 'anybody who reaches this port may run code here' })
+
+for (const signal of ['SIGTERM', 'SIGINT'] as const) process.once(signal, () => void stop(signal))
+
+/** Sandboxes keep running; the network and the rules go only when nobody's sandbox needs them. */
+async function stop(signal: string): Promise<void> {
+  log.info({ event: 'stopping', signal })
+  setTimeout(() => process.exit(1), 20_000).unref()
+  routes.close()
+  await server.close()
+  await groups.close()
+  await watch.close()
+  await confirm.close()
+  await network.release().catch((error: unknown) => log.warn({ event: 'release-failed', error: String(error) }))
+  store.close()
+  process.exit(0)
+}
+
+function readConfigOrExit(): Config {
+  try {
+    const { values } = parseArgs({ options: { config: { type: 'string' } } })
+    const path = values.config ?? process.env.SANDBOX_CONFIG_PATH ?? '~/.sandbox.toml'
+    return readConfig(path.startsWith('~/') ? homedir() + path.slice(1) : path, process.env)
+  } catch (error) {
+    const problems = error instanceof ConfigError ? error.problems.map((p) => `${p.path}: ${p.reason}`) : [(error as Error).message]
+    return stopStart(exitUsage, `the configuration has ${problems.length} problem(s)\n${problems.map((p) => `  ${p}`).join('\n')}`)
+  }
+}
+
+function openOr<T>(open: () => T, what: string): T {
+  try {
+    return open()
+  } catch (error) {
+    return stopStart(exitUnavailable, `${what}: ${(error as Error).message}`)
+  }
+}
+
+function stopStart(code: number, message: string): never {
+  process.stderr.write(`sallyport server: ${message}\n`)
+  process.exit(code)
+}
+
+function storeCheck(): string {
+  try {
+    store.check()
+    return 'ok'
+  } catch (error) {
+    return (error as Error).message
+  }
+}
+
+function guardText(error: unknown): string {
+  const { stderr, message } = error as { stderr?: string; message: string }
+  return ((stderr ?? '') || message).split('\n')[0] ?? ''
+}
+
+function pinoLevel(level: string): string {
+  const lower = level.toLowerCase()
+  return lower === 'warning' ? 'warn' : lower === 'critical' ? 'fatal' : ['debug', 'info', 'warn', 'error', 'fatal'].includes(lower) ? lower : 'info'
+}

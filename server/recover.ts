@@ -1,0 +1,39 @@
+/** Rebuilds what the store should have known about a sandbox from the labels of its containers. Pure. */
+import { labels } from '#policies/wire.ts'
+import type { Found } from './docker.ts'
+import { egressMember, mainMember, type SandboxRecord } from './group.ts'
+import { isReserved } from './metadata.ts'
+
+/** Label prefixes that come with images or tools and are nobody's metadata. */
+const foreign = ['org.opencontainers.image.', 'com.docker.', 'desktop.docker.']
+
+/**
+ * null when the group is not complete: then it must go. A main container that has been started proves that its
+ * sidecar had confirmed the rules; one that is only created proves nothing.
+ */
+export function recordFromLabels(id: string, found: readonly Found[]): SandboxRecord | null {
+  const main = found.find((container) => container.member === mainMember)
+  if (main === undefined || main.state === 'created' || id === '') return null
+  const label = main.labels
+  const token = label[labels.egressAuthToken]
+  if (token !== undefined && !found.some((container) => container.member === egressMember)) return null
+  const expiresAt = Date.parse(label[labels.expiresAt] ?? '')
+  const metadata = Object.fromEntries(Object.entries(label).filter(([key]) => !isReserved(key) && !foreign.some((prefix) => key.startsWith(prefix))))
+  return {
+    id, phase: 'ready', announced: true, reason: null, message: null,
+    createdAt: main.createdAt, changedAt: main.createdAt, keepUntil: null,
+    // Manual cleanup wins: a label inherited from a snapshot's source must not kill.
+    expiresAt: label[labels.manualCleanup] === 'true' || Number.isNaN(expiresAt) ? null : expiresAt,
+    image: main.image, entrypoint: [], metadata,
+    platform: label[labels.platformOs] === undefined ? null : { os: label[labels.platformOs] ?? '', arch: label[labels.platformArch] ?? '' },
+    egress: token === undefined ? null : { token, policy: { defaultAction: 'deny', egress: [] } },
+    secureAccessToken: label[labels.secureAccessToken] ?? null,
+    hostPorts: { ...port('http', label[labels.httpPort]), ...port('execd', label[labels.embeddingProxyPort]) },
+    renewExtendSeconds: Number(label[labels.accessRenewExtendSeconds]) || null,
+  }
+}
+
+function port(name: 'http' | 'execd', text: string | undefined): Record<string, number> {
+  const value = Number(text)
+  return Number.isInteger(value) && value >= 1 && value <= 65535 ? { [name]: value } : {}
+}

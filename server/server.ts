@@ -1,0 +1,126 @@
+/** The HTTP surface: every route bare and under `/v1`, one way to say who asked, one shape of error. No listening here. */
+import { randomUUID } from 'node:crypto'
+import Fastify, { type FastifyError, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
+import { equalSecret } from '#policies/access.ts'
+import { headerNames, routeStreamPath } from '#policies/wire.ts'
+import { ApiError, apiErrors, type ApiErrorCode } from './api-error.ts'
+import type { Config } from './config.ts'
+import type { Groups } from './groups.ts'
+import type { RouteStream } from './route-stream.ts'
+import { addEndpointRoutes } from './routes/endpoints.ts'
+import { addHealthRoutes, type Readiness } from './routes/health.ts'
+import { addSandboxRoutes } from './routes/sandboxes.ts'
+import { addUnbuiltRoutes } from './routes/unbuilt.ts'
+
+export type ServerDeps = {
+  readonly config: Config
+  readonly groups: Groups
+  readonly routes: RouteStream
+  readonly now: () => number
+  readonly readiness: () => Promise<Readiness>
+  /** One finished request, for the log. */
+  readonly finished: (request: { id: string; method: string; path: string; status: number; milliseconds: number; error: string }) => void
+}
+
+const openPaths = ['/health', routeStreamPath]
+
+export function createServer(deps: ServerDeps): FastifyInstance {
+  const { config } = deps
+  const app = Fastify({
+    bodyLimit: config.server.max_body_bytes,
+    keepAliveTimeout: config.server.timeout_keep_alive * 1000,
+    requestTimeout: 60_000,
+    http: { maxHeaderSize: 32 * 1024 },
+    routerOptions: { ignoreTrailingSlash: true, maxParamLength: 256 },
+    forceCloseConnections: true,
+    logger: false,
+    requestIdHeader: headerNames.requestId,
+    genReqId: () => randomUUID().replaceAll('-', ''),
+  })
+  app.server.maxConnections = config.server.limit_concurrency === 0 ? Number.POSITIVE_INFINITY : config.server.limit_concurrency
+
+  acceptEmptyBodies(app)
+  app.addHook('onRequest', async (request, reply) => {
+    reply.header(headerNames.requestId, request.id)
+    if (answerCors(request, reply)) return reply
+    requireKey(request, config)
+  })
+  app.addHook('onResponse', async (request, reply) => {
+    deps.finished({ id: request.id, method: request.method, path: request.url.split('?')[0] ?? '', status: reply.statusCode, milliseconds: Math.round(reply.elapsedTime), error: errorCodes.get(request) ?? '' })
+  })
+  app.setErrorHandler((error, request, reply) => answerError(error as FastifyError, request, reply))
+  app.setNotFoundHandler((request) => {
+    const known = ['GET', 'POST', 'PUT', 'PATCH', 'DELETE'].some((method) => app.findRoute({ method, url: request.url.split('?')[0] ?? '' }) !== null)
+    throw known ? new ApiError('METHOD_NOT_ALLOWED', 'This method is not allowed here.') : new ApiError('NOT_FOUND', 'There is no such route.')
+  })
+
+  addHealthRoutes(app, deps)
+  for (const prefix of ['', '/v1']) {
+    void app.register(async (scope) => {
+      addSandboxRoutes(scope, deps)
+      addEndpointRoutes(scope, deps)
+      addUnbuiltRoutes(scope)
+    }, { prefix })
+  }
+  return app
+}
+
+/** Clients send POST and DELETE without a body but with a JSON content type. */
+function acceptEmptyBodies(app: FastifyInstance): void {
+  app.removeContentTypeParser(['application/json', 'text/plain'])
+  app.addContentTypeParser('application/json', { parseAs: 'string' }, (_request, body: string, done) => {
+    if (body.trim() === '') return done(null, undefined)
+    try {
+      done(null, JSON.parse(body))
+    } catch {
+      done(new ApiError('SANDBOX::INVALID_PARAMETER', 'body: is not JSON'), undefined)
+    }
+  })
+}
+
+/** Any page may call us with the right key, as in the original. Preflights carry no key and are answered at once. */
+function answerCors(request: FastifyRequest, reply: FastifyReply): boolean {
+  const origin = request.headers.origin
+  reply.header('vary', 'Origin')
+  if (origin === undefined) return false
+  reply.header('access-control-allow-origin', origin).header('access-control-allow-credentials', 'true').header('access-control-expose-headers', headerNames.requestId)
+  if (request.method !== 'OPTIONS' || request.headers['access-control-request-method'] === undefined) return false
+  reply.header('access-control-allow-methods', 'DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT').header('access-control-max-age', '600')
+  const wanted = request.headers['access-control-request-headers']
+  if (wanted !== undefined) reply.header('access-control-allow-headers', wanted)
+  reply.code(200).type('text/plain').send('OK')
+  return true
+}
+
+/** Before routing, so that an unknown path says nothing without the key. The route stream asks for its own token. */
+function requireKey(request: FastifyRequest, config: Config): void {
+  const path = request.url.split('?')[0] ?? ''
+  if (config.apiKey === null || openPaths.some((open) => path === open || path.startsWith(`${open}/`))) return
+  const given = request.headers[headerNames.apiKey]
+  if (given === undefined || given === '') throw new ApiError('MISSING_API_KEY', 'Authentication credentials are missing. Provide the API key in the OPEN-SANDBOX-API-KEY header.')
+  if (typeof given !== 'string' || !equalSecret(given, config.apiKey)) throw new ApiError('INVALID_API_KEY', 'Authentication credentials are invalid.')
+}
+
+const errorCodes = new WeakMap<FastifyRequest, string>()
+
+/** Always `{code, message}` and never empty: some clients take an empty error body for success. */
+function answerError(error: FastifyError | ApiError, request: FastifyRequest, reply: FastifyReply): void {
+  const fault = error instanceof ApiError ? error : toApiError(error)
+  const cause = fault.cause instanceof Error ? `${fault.code}: ${fault.cause.message}` : fault.code
+  errorCodes.set(request, cause)
+  void reply.code(fault.status).send({ code: fault.code, message: fault.message })
+}
+
+const frameworkErrors: ReadonlyMap<string, readonly [ApiErrorCode, string]> = new Map([
+  ['FST_ERR_CTP_BODY_TOO_LARGE', ['BODY_TOO_LARGE', 'body: is too large']],
+  ['FST_ERR_CTP_INVALID_MEDIA_TYPE', ['SANDBOX::INVALID_PARAMETER', 'body: must be application/json']],
+  ['FST_ERR_CTP_INVALID_CONTENT_LENGTH', ['SANDBOX::INVALID_PARAMETER', 'body: is not as long as content-length says']],
+  ['FST_ERR_BAD_URL', ['NOT_FOUND', 'There is no such route.']],
+])
+
+function toApiError(error: FastifyError): ApiError {
+  const known = frameworkErrors.get(error.code)
+  if (known !== undefined) return new ApiError(known[0], known[1])
+  const status = error.statusCode !== undefined && error.statusCode >= 400 && error.statusCode < 500 ? error.statusCode : apiErrors['GENERAL::UNKNOWN_ERROR']
+  return new ApiError('GENERAL::UNKNOWN_ERROR', status < 500 ? 'The request could not be read.' : 'An unexpected error occurred.', { cause: error, status })
+}

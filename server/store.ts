@@ -1,0 +1,80 @@
+/**
+ * What must survive kill -9: one row per sandbox in SQLite, one transaction per change, synced to disk before the
+ * call returns. The row exists before the first Docker object of the group does, so whatever is found half-made at
+ * the next start can be told from what is complete.
+ */
+import { mkdirSync } from 'node:fs'
+import { dirname } from 'node:path'
+import { DatabaseSync, type StatementSync } from 'node:sqlite'
+import { ApiError } from './api-error.ts'
+import type { SandboxRecord } from './group.ts'
+
+const schemaVersion = 1
+
+export class Store {
+  readonly #db: DatabaseSync
+  readonly #put: StatementSync
+  readonly #delete: StatementSync
+
+  /** Opens or makes the file; `:memory:` for tests. @throws when it is another program's, or a newer version's */
+  constructor(path: string) {
+    if (path !== ':memory:') mkdirSync(dirname(path), { recursive: true, mode: 0o700 })
+    this.#db = new DatabaseSync(path)
+    this.#db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000; PRAGMA wal_autocheckpoint = 200')
+    this.#migrate()
+    this.#put = this.#db.prepare('INSERT INTO sandboxes (id, record) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record')
+    this.#delete = this.#db.prepare('DELETE FROM sandboxes WHERE id = ?')
+  }
+
+  /** Whose objects these are: the configured name, else one made once. */
+  instance(configured: string | undefined, make: () => string): string {
+    if (configured !== undefined) return configured
+    const row = this.#db.prepare("SELECT value FROM meta WHERE key = 'instance'").get()
+    if (row !== undefined) return row.value as string
+    const made = make()
+    this.#write(() => this.#db.prepare("INSERT INTO meta (key, value) VALUES ('instance', ?)").run(made))
+    return made
+  }
+
+  all(): SandboxRecord[] {
+    return this.#db.prepare('SELECT record FROM sandboxes').all().map((row) => JSON.parse(row.record as string) as SandboxRecord)
+  }
+
+  /** @throws ApiError SERVER::STORE_FAILED when the disk does not take it (then nothing has changed) */
+  put(record: SandboxRecord): void {
+    this.#write(() => this.#put.run(record.id, JSON.stringify(record)))
+  }
+
+  delete(id: string): void {
+    this.#write(() => this.#delete.run(id))
+  }
+
+  /** @throws when the file cannot be read any more */
+  check(): void {
+    this.#db.prepare('SELECT count(*) FROM meta').get()
+  }
+
+  close(): void {
+    this.#db.close()
+  }
+
+  #migrate(): void {
+    const version = Number(this.#db.prepare('PRAGMA user_version').get()?.user_version)
+    if (version > schemaVersion) throw new Error(`the store was written by a newer version (schema ${version}, known ${schemaVersion})`)
+    if (version === schemaVersion) return
+    this.#db.exec(`BEGIN IMMEDIATE;
+      CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+      CREATE TABLE IF NOT EXISTS sandboxes (id TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
+      PRAGMA user_version = ${schemaVersion};
+      COMMIT`)
+  }
+
+  /** A single statement outside BEGIN is its own transaction. */
+  #write(statement: () => unknown): void {
+    try {
+      statement()
+    } catch (error) {
+      throw new ApiError('SERVER::STORE_FAILED', 'The server could not write its store; nothing was changed.', { cause: error })
+    }
+  }
+}
