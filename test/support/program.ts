@@ -69,10 +69,11 @@ export async function startProgram({ args, env = {}, ready, seconds = 20, starte
   return program
 }
 
-/** A port that was free a moment ago. For programs whose peers must know the port before they start. */
-export async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1')
-  await once(server, 'listening')
+/** A port that was free a moment ago, `wanted` if it was. For programs whose peers must know the port before they start. */
+export async function freePort(wanted = 0): Promise<number> {
+  const server = createServer().listen(wanted, '127.0.0.1')
+  const listening = await once(server, 'listening').then(() => true, () => false)
+  if (!listening) return freePort()
   const { port } = server.address() as AddressInfo
   server.close()
   await once(server, 'close')

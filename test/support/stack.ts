@@ -24,6 +24,8 @@ export type StackOptions = {
   readonly internet: Internet
   /** Gateways to start; the first is the one endpoints name. Default: none. */
   readonly gateways?: readonly GatewayMode[]
+  /** Ports to take when they are free, for people who type them. Default: any. */
+  readonly ports?: { readonly server: number; readonly gateway: number }
   /** Laid over the generated configuration, table by table. */
   readonly config?: Readonly<Record<string, Readonly<Record<string, unknown>>>>
   /** Environment of the server: DOCKER_HOST for a test that sits between server and engine. */
@@ -44,6 +46,7 @@ export interface Sandbox {
 
 export interface Stack extends AsyncDisposable {
   readonly api: Api
+  readonly apiKey: string
   readonly instance: string
   readonly network: string
   readonly bridge: string
@@ -58,7 +61,7 @@ export interface Stack extends AsyncDisposable {
   containers(): Promise<Docker.ContainerInfo[]>
 }
 
-export async function startStack({ internet, gateways = [], config = {}, env = {} }: StackOptions): Promise<Stack> {
+export async function startStack({ internet, gateways = [], ports: wanted = { server: 0, gateway: 0 }, config = {}, env = {} }: StackOptions): Promise<Stack> {
   await sweepLeftovers(docker)
   const tag = randomBytes(3).toString('hex')
   const name = `${namePrefix}${process.pid}-${tag}`
@@ -66,14 +69,14 @@ export async function startStack({ internet, gateways = [], config = {}, env = {
   await mkdir(folder)
   const names = { instance: name, network: name, bridge: `spt-${tag}` }
   const secrets = { apiKey: randomBytes(24).toString('base64url'), routeToken: randomBytes(24).toString('base64url') }
-  const ports = { server: await freePort(), gateways: await Promise.all(gateways.map(() => freePort())) }
+  const ports = { server: await freePort(wanted.server), gateways: await Promise.all(gateways.map(() => freePort(wanted.gateway))) }
   const merged = mergeTables(serverConfig({ folder, names, secrets, internet, port: ports.server, gateway: gatewayAddress(gateways[0], ports.gateways[0]) }), config)
   const file = join(folder, 'config.toml')
   await writeFile(file, stringify(merged), { mode: 0o600 })
   await internet.fence(names.bridge)
 
   const api = createApi(`http://127.0.0.1:${ports.server}`, secrets.apiKey)
-  const stack = new RunningStack({ api, folder, ...names, file, env })
+  const stack = new RunningStack({ api, apiKey: secrets.apiKey, folder, ...names, file, env })
   try {
     await stack.startServer()
     for (const [index, mode] of gateways.entries()) await stack.startGateway(mode, ports.gateways[index]!, secrets.routeToken)
@@ -113,6 +116,7 @@ function mergeTables(base: Tables, over: StackOptions['config'] = {}): Tables {
 
 class RunningStack implements Stack {
   readonly api: Api
+  readonly apiKey: string
   readonly instance: string
   readonly network: string
   readonly bridge: string
@@ -122,8 +126,9 @@ class RunningStack implements Stack {
   readonly #env: Readonly<Record<string, string>>
   #server: Program | undefined
 
-  constructor(parts: Names & { api: Api; folder: string; file: string; env: Readonly<Record<string, string>> }) {
+  constructor(parts: Names & { api: Api; apiKey: string; folder: string; file: string; env: Readonly<Record<string, string>> }) {
     this.api = parts.api
+    this.apiKey = parts.apiKey
     this.instance = parts.instance
     this.network = parts.network
     this.bridge = parts.bridge

@@ -1,0 +1,68 @@
+/** The demonstration's output: one line a step, as it happens. */
+
+/** Ends the demonstration: what failed was already printed, or nobody wants to see more. */
+export class Stopped extends Error {}
+
+export class Report {
+  passed = 0
+  #interrupted = false
+  readonly #tty = process.stdout.isTTY === true
+
+  constructor() {
+    process.on('SIGINT', () => this.#interrupt())
+    process.on('SIGTERM', () => this.#interrupt())
+  }
+
+  title(text: string): void {
+    this.line(`\n  ${this.#paint('1', text)}`)
+  }
+
+  line(text: string): void {
+    process.stdout.write(`${text}\n`)
+  }
+
+  /**
+   * Runs one step and prints a line with what it returns. A step is never cut short, so that whatever it makes is known to the
+   * clean-up; an interrupt counts after it.
+   * @throws Stopped when the step failed or the user pressed Ctrl-C
+   */
+  async step<T>(name: string, work: () => Promise<T>, show: (value: T) => string = () => ''): Promise<T> {
+    const begin = performance.now()
+    try {
+      const value = await work()
+      this.passed++
+      this.line(`    ${this.#paint('32', 'ok  ')} ${name.padEnd(20)} ${this.#paint('2', this.#since(begin))}  ${show(value)}`)
+      if (this.#interrupted) throw new Stopped('interrupted')
+      return value
+    } catch (error) {
+      if (error instanceof Stopped) throw error
+      this.line(`    ${this.#paint('31', 'FAIL')} ${name.padEnd(20)} ${this.#since(begin)}\n\n${indent(error instanceof Error ? error.message : String(error))}`)
+      throw new Stopped(name)
+    }
+  }
+
+  /** Settles when the user has seen enough. */
+  async interrupted(): Promise<void> {
+    while (!this.#interrupted) await new Promise<void>((resolve) => (this.#wake = resolve))
+  }
+
+  #wake: () => void = () => undefined
+
+  #interrupt(): void {
+    if (this.#interrupted) process.exit(130)
+    this.#interrupted = true
+    this.#wake()
+  }
+
+  #since(begin: number): string {
+    return `${((performance.now() - begin) / 1000).toFixed(2)} s`
+  }
+
+  #paint(code: string, text: string): string {
+    return this.#tty ? `\x1b[${code}m${text}\x1b[0m` : text
+  }
+}
+
+function indent(text: string): string {
+  return text.split('\n').map((line) => `      ${line}`).join('\n')
+}
