@@ -1,0 +1,187 @@
+/** The gateway's configuration: flags (the original's names included), environment and a file, checked as a whole. */
+import { readFileSync } from 'node:fs'
+import { parse as parseToml } from 'smol-toml'
+import Type, { type Static } from 'typebox'
+import { parseAccessKeys } from '#policies/access.ts'
+import { readNetwork } from '#policies/address.ts'
+import { checkConfig, ConfigError } from '#policies/config.ts'
+import type { Problem } from '#policies/problem.ts'
+import { routeModes } from '#policies/route.ts'
+import { wellKnownPorts } from '#policies/wire.ts'
+
+const milliseconds = (value: number, description: string) => Type.Integer({ minimum: 0, maximum: 86_400_000, default: value, description: `${description} (ms)` })
+const count = (value: number, description: string) => Type.Integer({ minimum: 0, default: value, description })
+const text = (value: string, description: string) => Type.String({ default: value, description })
+
+/** One key per option: the flag is its name in kebab case, the environment variable SALLYPORT_GATEWAY_ and its name in upper case. */
+export const GatewayConfigSchema = Type.Object({
+  port: Type.Integer({ minimum: 0, maximum: 65_535, default: wellKnownPorts.gateway, description: 'listen port' }),
+  host: text('', 'listen address; empty: all, IPv4 and IPv6'),
+  mode: Type.Union(routeModes.map((mode) => Type.Literal(mode)), { default: 'header', description: 'what names the sandbox: routing header or Host (`header`, `wildcard`), the path (`uri`), or all in that order (`auto`)' }),
+  baseDomain: text('', 'only hosts below this domain name a sandbox; empty: any'),
+  provider: Type.Union([Type.Literal('static'), Type.Literal('server')], { description: 'where routes come from' }),
+  routes: text('', 'routes file of the static provider, read again when it changes'),
+  serverUrl: text('', 'lifecycle server of the server provider'),
+  serverToken: text('', 'its route token'),
+  secureAccessKeys: text('', 'keys of signed routes: `a=<base64>,b=<base64>`'),
+  secureAccessKeysFile: text('', 'the same from a file, read again when it changes'),
+  hideMissing: Type.Boolean({ default: false, description: 'answer unknown sandboxes like refused access' }),
+  authFailuresPerMinute: count(30, 'refused signatures per client and minute; 0: no limit'),
+  allowLoopbackUpstreams: Type.Boolean({ default: false, description: "dial loopback and this host's own addresses" }),
+  trustedProxies: Type.Array(Type.String(), { default: [], description: 'networks whose X-Forwarded headers are believed, comma-separated' }),
+  preserveHost: Type.Boolean({ default: false, description: "send the client's Host to the sandbox" }),
+  workers: Type.Integer({ minimum: 1, maximum: 256, default: 1, description: 'processes that share the port' }),
+  adminPort: Type.Integer({ minimum: -1, maximum: 65_535, default: -1, description: 'port for /metrics; -1: none' }),
+  adminHost: text('127.0.0.1', 'its address'),
+  accessLog: text('stdout', '`stdout`, `stderr`, `off` or a file'),
+  logLevel: text('info', 'debug, info, warn, error or fatal; anything else is info'),
+  headerTimeout: milliseconds(30_000, 'until a request head must be complete'),
+  keepAliveTimeout: milliseconds(75_000, 'how long a client connection may idle between requests'),
+  connectTimeout: milliseconds(10_000, 'until a sandbox must accept a connection'),
+  firstByteTimeout: milliseconds(600_000, 'until a sandbox must begin to answer; 0: no limit'),
+  idleTimeout: milliseconds(600_000, 'silence after which an exchange is broken off, event streams and upgrades excepted; 0: no limit'),
+  bootGrace: milliseconds(1_000, 'how long a refused connection to a port that never answered is tried again'),
+  drainTimeout: milliseconds(30_000, 'until running requests are broken off at shutdown'),
+  maxHeaderBytes: Type.Integer({ minimum: 1_024, maximum: 1_048_576, default: 65_536, description: 'largest head of a request, bytes' }),
+  maxConnections: Type.Integer({ minimum: 1, default: 9_000, description: 'client connections beyond which requests are answered with 503' }),
+  maxRequestsPerPort: Type.Integer({ minimum: 1, default: 1_024, description: 'requests at once to one port of one sandbox' }),
+  maxUpgradesPerSandbox: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per sandbox' }),
+  maxUpgradesPerClient: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per client address' }),
+})
+export type GatewayConfig = Static<typeof GatewayConfigSchema>
+
+/** Options whose value must not stand on a command line. Each can be given by a file: `--server-token-file`. */
+const secrets = new Set(['serverToken', 'secureAccessKeys'])
+/** Flags of the original that mean nothing here. Accepted so that its manifests work unchanged. */
+const ignored = new Set(['namespace', 'provider-type', 'secure-access-enabled', 'kubeconfig', 'renew-intent-enabled', 'renew-intent-redis-dsn', 'renew-intent-queue-key', 'renew-intent-queue-max-len', 'renew-intent-min-interval'])
+
+export type ReadConfig = { readonly config: GatewayConfig; readonly warnings: readonly string[] }
+
+/**
+ * Flags win over the environment, which wins over the file of `--config`.
+ * @param argv Go's flag syntax: `-x v`, `--x v`, `--x=v`; a boolean may stand alone
+ * @throws ConfigError with every problem at once
+ */
+export function readGatewayConfig(argv: readonly string[], env: Readonly<Record<string, string | undefined>>): ReadConfig {
+  const problems: Problem[] = []
+  const warnings: string[] = []
+  const flags = readFlags(argv, problems, warnings)
+  const raw: Record<string, unknown> = { ...readFile(flags.get('config') ?? env['SALLYPORT_GATEWAY_CONFIG'], problems), ...readEnvironment(env, problems), ...flagValues(flags, problems) }
+  if (typeof raw['trustedProxies'] === 'string') raw['trustedProxies'] = raw['trustedProxies'].split(',').map((part) => part.trim()).filter((part) => part !== '')
+  let config: GatewayConfig | null = null
+  try {
+    config = checkConfig(GatewayConfigSchema, raw)
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error
+    problems.push(...error.problems.map(({ path, reason }) => ({ path: `--${kebab(path)}`, reason })))
+  }
+  if (config !== null) problems.push(...contradictions(config))
+  if (problems.length > 0 || config === null) throw new ConfigError(problems)
+  return { config, warnings }
+}
+
+function readFlags(argv: readonly string[], problems: Problem[], warnings: string[]): Map<string, string> {
+  const flags = new Map<string, string>()
+  for (let i = 0; i < argv.length; i++) {
+    const argument = argv[i] as string
+    const match = /^--?([A-Za-z][A-Za-z0-9-]*)(?:=([\s\S]*))?$/.exec(argument)
+    if (match === null) {
+      problems.push({ path: argument, reason: 'is not a flag' })
+      continue
+    }
+    const name = match[1] as string
+    const next = argv[i + 1]
+    let value = match[2]
+    if (value === undefined) {
+      if (isBoolean(name)) value = next === 'true' || next === 'false' ? (i++, next) : 'true'
+      else if (next === undefined) problems.push({ path: `--${name}`, reason: 'needs a value' })
+      else value = (i++, next)
+    }
+    if (ignored.has(name)) warnings.push(`--${name} is accepted for compatibility and has no effect`)
+    else if (!isKnown(name)) problems.push({ path: `--${name}`, reason: 'is not a known flag' })
+    else if (value !== undefined) {
+      if (secrets.has(camel(name))) warnings.push(`--${name}: a secret on the command line is readable by every process; use --${name}-file`)
+      flags.set(name, value)
+    }
+  }
+  return flags
+}
+
+function isKnown(name: string): boolean {
+  const key = camel(name)
+  return name === 'config' || key in GatewayConfigSchema.properties || (key.endsWith('File') && secrets.has(key.slice(0, -4)))
+}
+
+function isBoolean(name: string): boolean {
+  const schema = GatewayConfigSchema.properties[camel(name) as keyof GatewayConfig] as { type?: string } | undefined
+  return schema?.type === 'boolean' || name === 'renew-intent-enabled' || name === 'secure-access-enabled'
+}
+
+function flagValues(flags: ReadonlyMap<string, string>, problems: Problem[]): Record<string, unknown> {
+  const values: Record<string, unknown> = {}
+  for (const [name, value] of flags) if (name !== 'config') setOption(values, camel(name), value, `--${name}`, problems)
+  return values
+}
+
+function readEnvironment(env: Readonly<Record<string, string | undefined>>, problems: Problem[]): Record<string, unknown> {
+  const values: Record<string, unknown> = {}
+  for (const key of [...Object.keys(GatewayConfigSchema.properties), ...[...secrets].map((name) => `${name}File`)]) {
+    const name = `SALLYPORT_GATEWAY_${kebab(key).replaceAll('-', '_').toUpperCase()}`
+    const value = env[name]
+    if (value !== undefined && value !== '') setOption(values, key, value, name, problems)
+  }
+  return values
+}
+
+/** Sets one option; a `…File` of a secret that is not an option of its own is read at once. */
+function setOption(values: Record<string, unknown>, key: string, value: string, where: string, problems: Problem[]): void {
+  if (key in GatewayConfigSchema.properties) {
+    values[key] = value
+    return
+  }
+  try {
+    values[key.slice(0, -4)] = readFileSync(value, 'utf8').trim()
+  } catch (error) {
+    problems.push({ path: where, reason: `cannot be read: ${(error as NodeJS.ErrnoException).code}` })
+  }
+}
+
+function readFile(path: string | undefined, problems: Problem[]): Record<string, unknown> {
+  if (path === undefined) return {}
+  try {
+    const values: Record<string, unknown> = {}
+    for (const [name, value] of Object.entries(parseToml(readFileSync(path, 'utf8')))) {
+      const key = camel(name.replaceAll('_', '-'))
+      if (key in GatewayConfigSchema.properties) values[key] = value
+      else problems.push({ path: `${path}: ${name}`, reason: 'is not a known option' })
+    }
+    return values
+  } catch (error) {
+    problems.push({ path, reason: `cannot be read: ${(error as Error).message.split('\n')[0]}` })
+    return {}
+  }
+}
+
+/** What no single value can be blamed for. */
+function contradictions(config: GatewayConfig): Problem[] {
+  const problems: Problem[] = []
+  if (config.provider === 'static' && config.routes === '') problems.push({ path: '--routes', reason: 'is required with --provider static' })
+  if (config.provider === 'server') {
+    if (!/^https?:\/\/[^/]+/.test(config.serverUrl)) problems.push({ path: '--server-url', reason: 'must be an http(s) URL with --provider server' })
+    if (config.serverToken === '') problems.push({ path: '--server-token', reason: 'is required with --provider server' })
+  }
+  for (const network of config.trustedProxies) if (readNetwork(network) === null) problems.push({ path: '--trusted-proxies', reason: `"${network}" is not an address or network` })
+  if (config.secureAccessKeys !== '' && config.secureAccessKeysFile !== '') problems.push({ path: '--secure-access-keys-file', reason: 'excludes --secure-access-keys' })
+  const keys = parseAccessKeys(config.secureAccessKeys, '--secure-access-keys')
+  if (!keys.ok) problems.push(...keys.problems)
+  if (config.workers > 1 && config.port === 0) problems.push({ path: '--port', reason: 'must be given when there is more than one worker' })
+  return problems
+}
+
+function camel(name: string): string {
+  return name.replace(/-([a-z0-9])/g, (_all, letter: string) => letter.toUpperCase())
+}
+
+function kebab(key: string): string {
+  return key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`)
+}

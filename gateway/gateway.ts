@@ -1,0 +1,201 @@
+/** Wires the gateway's parts: one listener, one route table, one provider, one clock that looks for silence. */
+import { randomBytes } from 'node:crypto'
+import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
+import type { AddressInfo, Socket } from 'node:net'
+import { performance } from 'node:perf_hooks'
+import type { AccessKeys } from '#policies/access.ts'
+import { NetworkTable, readNetwork } from '#policies/address.ts'
+import type { GatewayConfig } from './config.ts'
+import { asksForWebSocket, finish, handle, handleUpgrade, type Edge } from './handle.ts'
+import { Locator } from './locate.ts'
+import { Metrics } from './metrics.ts'
+import type { HttpRelay } from './relay-http.ts'
+import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
+import { refuse } from './respond.ts'
+import { RouteTable } from './routes.ts'
+import { FailureThrottle } from './throttle.ts'
+import { UpstreamGuard } from './upstream-guard.ts'
+
+/** Where routes come from. `start` resolves once the table may be served. */
+export interface Provider {
+  start(): Promise<void>
+  close(): Promise<void>
+}
+
+export type Deps = {
+  /** Makes the provider that fills this table. */
+  readonly provider: (table: RouteTable) => Provider
+  readonly keys: () => AccessKeys
+  /** Takes access lines; null: none wanted. */
+  readonly access: ((line: string) => void) | null
+}
+
+export type Gateway = {
+  readonly table: RouteTable
+  readonly metrics: Metrics
+  /** Starts the provider, then opens the port. @returns the port */
+  listen(): Promise<number>
+  /** Stops taking requests, lets the running ones end until the drain deadline, then breaks off the rest. */
+  close(): Promise<void>
+}
+
+const sweepMs = 1_000
+const guardRefreshMs = 10_000
+
+export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
+  const guard = new UpstreamGuard(config.allowLoopbackUpstreams)
+  // Loopback and own addresses may be shared by many sandboxes; any other address belongs to the last one that reported it.
+  const table = new RouteTable((host) => config.provider === 'server' && !guard.isOwn(host))
+  const relays = new Set<HttpRelay>()
+  const relayOptions: UpgradeOptions = {
+    connectTimeout: config.connectTimeout,
+    firstByteTimeout: config.firstByteTimeout,
+    idleTimeout: config.idleTimeout,
+    bootGrace: config.bootGrace,
+    maxRequests: config.maxRequestsPerPort,
+    preserveHost: config.preserveHost,
+    lookup: guard.lookup,
+    maxPerSandbox: config.maxUpgradesPerSandbox,
+    maxPerClient: config.maxUpgradesPerClient,
+  }
+  let draining = false
+  let connections = 0
+  const upgrades = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit))
+  const metrics = new Metrics({ routes: () => table.size, tunnels: () => upgrades.size, connections: () => connections, active: () => relays.size })
+  const edge: Edge = {
+    table,
+    locator: new Locator({ mode: config.mode, baseDomain: config.baseDomain.toLowerCase() }, table),
+    guard,
+    throttle: new FailureThrottle(config.authFailuresPerMinute),
+    metrics,
+    upgrades,
+    relays,
+    relayOptions,
+    trustedProxies: networks(config.trustedProxies),
+    keys: deps.keys,
+    hideMissing: config.hideMissing,
+    draining: () => draining,
+    overloaded: () => connections > config.maxConnections,
+    access: deps.access,
+    nextRequestId: requestIds(),
+  }
+  const server = createServer({
+    keepAliveTimeout: config.keepAliveTimeout,
+    headersTimeout: config.headerTimeout,
+    requestTimeout: 0,
+    connectionsCheckingInterval: Math.min(config.headerTimeout, 2_000),
+    maxHeaderSize: config.maxHeaderBytes,
+    noDelay: true,
+    keepAlive: true,
+    requireHostHeader: true,
+    shouldUpgradeCallback: asksForWebSocket,
+  })
+  // Counted in readRequestHead: Node's own limit would drop the fields behind it without a word.
+  server.maxHeadersCount = 0
+  server.on('request', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, false))
+  server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
+  server.on('upgrade', (request: IncomingMessage, socket: Socket, early: Buffer) => handleUpgrade(edge, request, socket, early))
+  server.on('connect', (_request: IncomingMessage, socket: Socket) => answerRaw(socket, 405, 'OpenSandbox Ingress: CONNECT is not supported\n'))
+  server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(error, socket))
+  server.on('connection', (socket: Socket) => {
+    connections++
+    socket.once('close', () => connections--)
+  })
+  // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
+  server.maxConnections = config.maxConnections + 1_000
+
+  const provider = deps.provider(table)
+  const timers = [setInterval(() => sweep(edge), sweepMs), setInterval(() => guard.refresh(), guardRefreshMs)]
+  for (const timer of timers) timer.unref()
+
+  return {
+    table,
+    metrics,
+    async listen() {
+      await provider.start()
+      return listenOn(server, config)
+    },
+    async close() {
+      draining = true
+      const closed = new Promise<void>((resolve) => server.close(() => resolve()))
+      server.closeIdleConnections()
+      upgrades.leave()
+      await provider.close()
+      await Promise.race([settled(closed, relays, upgrades), delay(config.drainTimeout)])
+      upgrades.destroy()
+      server.closeAllConnections()
+      for (const sandbox of table.sandboxes()) sandbox.end()
+      for (const timer of timers) clearInterval(timer)
+      await closed
+    },
+  }
+}
+
+/** Ends what fell silent, and gives up pools nobody uses. */
+function sweep(edge: Edge): void {
+  const now = performance.now()
+  for (const relay of edge.relays) relay.checkTimes(now)
+  edge.upgrades.checkTimes(now)
+  for (const sandbox of edge.table.sandboxes()) {
+    if (sandbox.upstreams.size === 0) continue
+    for (const [port, upstream] of sandbox.upstreams) if (upstream.sweep(now)) sandbox.upstreams.delete(port)
+  }
+}
+
+function listenOn(server: Server, config: GatewayConfig): Promise<number> {
+  return new Promise((resolve, reject) => {
+    server.once('error', reject)
+    // Workers bind the port each for themselves and the kernel spreads connections (SO_REUSEPORT).
+    const shared = config.workers > 1 ? { reusePort: true, exclusive: true } : {}
+    server.listen({ port: config.port, ...(config.host === '' ? {} : { host: config.host }), backlog: 4096, ...shared }, () => {
+      server.off('error', reject)
+      resolve((server.address() as AddressInfo).port)
+    })
+  })
+}
+
+/** All connections closed, which upgraded ones do not count towards. */
+async function settled(closed: Promise<void>, relays: Set<HttpRelay>, upgrades: UpgradeRelay): Promise<void> {
+  await closed
+  while (relays.size > 0 || upgrades.size > 0) await delay(20)
+}
+
+function delay(ms: number): Promise<void> {
+  return new Promise((resolve) => setTimeout(resolve, ms).unref())
+}
+
+function networks(list: readonly string[]): NetworkTable {
+  const table = new NetworkTable()
+  for (const text of list) {
+    const network = readNetwork(text)
+    if (network !== null) table.add(network, 0)
+  }
+  return table
+}
+
+/** `<random>-<counter>`: unique across workers and restarts, and cheap. */
+function requestIds(): () => string {
+  const prefix = randomBytes(6).toString('hex')
+  let counter = 0
+  return () => `${prefix}-${(counter++).toString(36)}`
+}
+
+/** What node:http could not read as a request. The connection ends: where the next request would begin is unknown. */
+function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+  if (error.code === 'ECONNRESET' || !socket.writable) {
+    socket.destroy()
+    return
+  }
+  if (error.code === 'HPE_HEADER_OVERFLOW') return answerRaw(socket, 431, 'OpenSandbox Ingress: the header section is too large\n')
+  if (error.code === 'ERR_HTTP_REQUEST_TIMEOUT') return answerRaw(socket, 408, 'OpenSandbox Ingress: the request did not arrive in time\n')
+  answerRaw(socket, 400, 'OpenSandbox Ingress: the request is malformed\n')
+}
+
+const reasons: Readonly<Record<number, string>> = { 400: 'Bad Request', 405: 'Method Not Allowed', 408: 'Request Timeout', 431: 'Request Header Fields Too Large' }
+
+function answerRaw(socket: Socket, status: number, body: string): void {
+  socket.on('error', () => socket.destroy())
+  socket.end(`HTTP/1.1 ${status} ${reasons[status]}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`)
+  // Nobody reads on: a client that keeps sending must not keep the connection.
+  socket.once('finish', () => socket.destroySoon())
+}

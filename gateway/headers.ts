@@ -1,0 +1,303 @@
+/**
+ * Which header fields cross the gateway, in both directions. The request's raw headers are walked once; what routing, access
+ * and relaying need is picked out on the way, and what remains is what the sandbox may see.
+ */
+import { headerNames } from '#policies/wire.ts'
+
+/** What a request field means to the gateway. Everything that is not in the list passes through. */
+const kinds = {
+  pass: 0,
+  drop: 1,
+  host: 2,
+  connection: 3,
+  te: 4,
+  transferEncoding: 5,
+  contentLength: 6,
+  upgrade: 7,
+  ingressTo: 8,
+  deprecatedIngressTo: 9,
+  secureAccess: 10,
+  forwardedFor: 11,
+  forwarded: 12,
+  requestId: 13,
+  idempotencyKey: 14,
+  forwardedPrefix: 15,
+} as const
+type Kind = (typeof kinds)[keyof typeof kinds]
+
+/** The one list. Hop-by-hop is RFC 9110 §7.6.1 with the older names of RFC 2616 §13.5.1. */
+const requestFields: readonly (readonly [string, Kind])[] = [
+  ['host', kinds.host], //                       ours: rewritten to the sandbox's own authority, RFC 9112 §3.2
+  ['connection', kinds.connection], //           hop-by-hop, and names further ones
+  ['keep-alive', kinds.drop], //                 hop-by-hop
+  ['proxy-connection', kinds.drop], //           hop-by-hop, never standardised
+  ['proxy-authenticate', kinds.drop], //         hop-by-hop
+  ['proxy-authorization', kinds.drop], //        hop-by-hop
+  ['te', kinds.te], //                           hop-by-hop; `trailers` is said again, RFC 9110 §10.1.4
+  ['trailer', kinds.drop], //                    request trailers are not relayed
+  ['transfer-encoding', kinds.transferEncoding], // framing is per connection, RFC 9112 §6
+  ['content-length', kinds.contentLength], //    said again by us when there is a body
+  ['upgrade', kinds.upgrade], //                 hop-by-hop; upgrades have a relay of their own
+  ['http2-settings', kinds.drop], //             belongs to Upgrade: h2c, RFC 7540 §3.2.1
+  ['expect', kinds.drop], //                     answered here once the sandbox takes the body, RFC 9110 §10.1.1
+  [headerNames.ingressTo, kinds.ingressTo],
+  [headerNames.deprecatedIngressTo, kinds.deprecatedIngressTo],
+  [headerNames.secureAccess, kinds.secureAccess],
+  [headerNames.access, kinds.drop],
+  [headerNames.apiKey, kinds.drop], //           the lifecycle server's key is nothing a sandbox should learn
+  [headerNames.requestId, kinds.requestId],
+  ['x-forwarded-for', kinds.forwardedFor],
+  ['x-forwarded-prefix', kinds.forwardedPrefix],
+  ['x-forwarded-host', kinds.forwarded],
+  ['x-forwarded-proto', kinds.forwarded],
+  ['x-forwarded-port', kinds.forwarded],
+  ['x-real-ip', kinds.forwarded],
+  ['forwarded', kinds.forwarded], //             RFC 7239
+  ['idempotency-key', kinds.idempotencyKey], //  says that a replay is safe
+]
+
+/** Names as they were spelled on the wire, so that the common case needs no lower-casing. Bounded: spellings come from clients. */
+const spelled = new Map<string, Kind>()
+const listed = new Map<string, Kind>(requestFields)
+for (const [name, kind] of requestFields) spelled.set(name, kind).set(titleCase(name), kind)
+const spellingLimit = 1024
+const spellingLength = 48
+
+function titleCase(name: string): string {
+  return name.replace(/(^|-)[a-z]/g, (letters) => letters.toUpperCase())
+}
+
+function classify(name: string): Kind {
+  const kind = listed.get(name.toLowerCase()) ?? kinds.pass
+  if (spelled.size < spellingLimit && name.length <= spellingLength) spelled.set(name, kind)
+  return kind
+}
+
+/** Everything the gateway reads from one request's header section. `undefined` means the field is absent; empty is present. */
+export class RequestHead {
+  /** Name, value, name, value…: end-to-end fields as the client spelled them. */
+  out: string[] = []
+  /** Why the request must be refused; '' when it is well-formed. */
+  problem = ''
+  host: string | undefined = undefined
+  ingressTo: string | undefined = undefined
+  deprecatedIngressTo: string | undefined = undefined
+  secureAccess: string | undefined = undefined
+  requestId: string | undefined = undefined
+  forwardedFor = ''
+  forwardedPrefix = ''
+  forwardedHost = false
+  forwardedProto = false
+  forwardedPort = false
+  contentLength = ''
+  chunked = false
+  trailers = false
+  upgrade = ''
+  connection = ''
+  replayable = false
+}
+
+/** Most header fields of one request. Node would silently drop those behind its own limit, so that limit is off. */
+export const maxFields = 256
+
+/**
+ * @param raw name, value, name, value… as node:http read them
+ * @param trusted the peer is a proxy of ours, and what it says about the client is kept
+ */
+export function readRequestHead(raw: readonly string[], trusted: boolean): RequestHead {
+  const head = new RequestHead()
+  const out = head.out
+  if (raw.length > 2 * maxFields) head.problem = 'too many header fields'
+  for (let i = 0; i < raw.length; i += 2) {
+    const name = raw[i] as string
+    const value = raw[i + 1] as string
+    const kind = spelled.get(name) ?? classify(name)
+    if (kind === kinds.pass) {
+      out.push(name, value)
+      continue
+    }
+    switch (kind) {
+      case kinds.host:
+        if (head.host !== undefined) head.problem = 'more than one Host header'
+        head.host = value
+        break
+      case kinds.connection:
+        head.connection = head.connection === '' ? value : `${head.connection},${value}`
+        break
+      case kinds.te:
+        if (value.toLowerCase().includes('trailers')) head.trailers = true
+        break
+      case kinds.transferEncoding:
+        // Only plain chunked is undone here; any other coding would reach the sandbox undeclared. RFC 9112 §6.1.
+        if (head.chunked || value.toLowerCase() !== 'chunked') head.problem = 'unsupported transfer coding'
+        head.chunked = true
+        break
+      case kinds.contentLength:
+        if (head.contentLength !== '') head.problem = 'more than one Content-Length header'
+        head.contentLength = value
+        break
+      case kinds.upgrade:
+        head.upgrade = head.upgrade === '' ? value : `${head.upgrade},${value}`
+        break
+      case kinds.ingressTo:
+        head.ingressTo ??= value
+        break
+      case kinds.deprecatedIngressTo:
+        head.deprecatedIngressTo ??= value
+        break
+      case kinds.secureAccess:
+        head.secureAccess ??= value
+        break
+      case kinds.requestId:
+        head.requestId ??= value
+        break
+      case kinds.forwardedFor:
+        if (trusted) head.forwardedFor = head.forwardedFor === '' ? value : `${head.forwardedFor}, ${value}`
+        break
+      case kinds.forwardedPrefix:
+        if (trusted) head.forwardedPrefix = value
+        break
+      case kinds.forwarded:
+        if (trusted) keepForwarded(head, name, value)
+        break
+      case kinds.idempotencyKey:
+        head.replayable = true
+        out.push(name, value)
+        break
+      case kinds.drop:
+        break
+    }
+  }
+  if (head.chunked && head.contentLength !== '') head.problem = 'both Content-Length and Transfer-Encoding'
+  if (namesFields(head.connection)) head.out = withoutNamed(out, head.connection)
+  return head
+}
+
+function keepForwarded(head: RequestHead, name: string, value: string): void {
+  const lower = name.toLowerCase()
+  if (lower === 'x-forwarded-host') head.forwardedHost = true
+  else if (lower === 'x-forwarded-proto') head.forwardedProto = true
+  else if (lower === 'x-forwarded-port') head.forwardedPort = true
+  head.out.push(name, value)
+}
+
+/** Does a Connection header name anything beyond the three usual options? */
+function namesFields(connection: string): boolean {
+  switch (connection) {
+    case '':
+    case 'keep-alive':
+    case 'Keep-Alive':
+    case 'close':
+    case 'Upgrade':
+    case 'upgrade':
+    case 'keep-alive, Upgrade':
+      return false
+    default:
+      return true
+  }
+}
+
+/** The fields that a Connection header does not name. RFC 9110 §7.6.1: the named ones end here. */
+function withoutNamed(fields: readonly string[], connection: string): string[] {
+  const named = connectionOptions(connection)
+  const kept: string[] = []
+  for (let i = 0; i < fields.length; i += 2) {
+    if (!named.has((fields[i] as string).toLowerCase())) kept.push(fields[i] as string, fields[i + 1] as string)
+  }
+  return kept
+}
+
+/** The lower-case tokens of a Connection or Upgrade header. */
+export function connectionOptions(value: string): Set<string> {
+  return new Set(value.split(',').map((token) => token.trim().toLowerCase()))
+}
+
+export type Forwarding = {
+  readonly peer: string
+  readonly proto: 'http' | 'https'
+  /** The port the client reached us on. */
+  readonly port: string
+  /** What URI mode took off the path; '' in the other modes. */
+  readonly prefix: string
+  readonly requestId: string
+}
+
+/**
+ * Adds what the sandbox is told about the outside. A trusted proxy's words are kept and added to; anybody else's are gone already.
+ * The names are those in common use; RFC 7239's Forwarded is passed on from a trusted proxy but not made.
+ */
+export function addForwarded(head: RequestHead, forwarding: Forwarding): void {
+  const out = head.out
+  out.push('x-forwarded-for', head.forwardedFor === '' ? forwarding.peer : `${head.forwardedFor}, ${forwarding.peer}`)
+  if (!head.forwardedHost && head.host !== undefined) out.push('x-forwarded-host', head.host)
+  if (!head.forwardedProto) out.push('x-forwarded-proto', forwarding.proto)
+  if (!head.forwardedPort) out.push('x-forwarded-port', forwarding.port)
+  const prefix = head.forwardedPrefix + forwarding.prefix
+  if (prefix !== '') out.push('x-forwarded-prefix', prefix)
+  out.push(headerNames.requestId, forwarding.requestId)
+  if (head.trailers) out.push('te', 'trailers')
+}
+
+/** Response fields that end here. RFC 9110 §7.6.1; `trailer` is decided by the relay, which knows the framing. */
+const responseHops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'transfer-encoding', 'upgrade'])
+
+export type ResponseFields = Readonly<Record<string, string | string[] | undefined>>
+
+/**
+ * The end-to-end fields of a sandbox's response as a flat list for writeHead; repeated ones stay apart.
+ * @param fields lower-case names, as undici parsed them
+ * @param rewrite null outside URI mode: what to do with Location, Refresh and the Path of cookies
+ * @param ownHost the host name the client used: a cookie may not reach further than it
+ */
+export function responseFields(fields: ResponseFields, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string[] {
+  const out: string[] = []
+  const named = fields['connection']
+  const dropped = named !== undefined && named !== 'keep-alive' && named !== 'close' ? connectionOptions(String(named)) : null
+  for (const name in fields) {
+    if (responseHops.has(name) || (dropped !== null && dropped.has(name))) continue
+    const value = fields[name] as string | string[]
+    if (typeof value === 'string') out.push(name, rewriteField(name, value, rewrite, ownHost))
+    else for (const one of value) out.push(name, rewriteField(name, one, rewrite, ownHost))
+  }
+  return out
+}
+
+function rewriteField(name: string, value: string, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string {
+  if (name === 'set-cookie') {
+    const narrowed = narrowCookie(value, ownHost)
+    return rewrite === null ? narrowed : rewrite(name, narrowed)
+  }
+  return rewrite !== null && (name === 'location' || name === 'refresh' || name === 'content-location') ? rewrite(name, value) : value
+}
+
+/** Takes a Domain that is not the sandbox's own host off a cookie: with it, one sandbox could set cookies for its neighbours. */
+export function narrowCookie(cookie: string, ownHost: string): string {
+  if (!cookie.includes(';')) return cookie
+  const parts = cookie.split(';')
+  const kept = parts.filter((part, index) => {
+    if (index === 0) return true
+    const equals = part.indexOf('=')
+    const name = (equals === -1 ? part : part.slice(0, equals)).trim().toLowerCase()
+    return name !== 'domain' || part.slice(equals + 1).trim().toLowerCase() === ownHost
+  })
+  return kept.length === parts.length ? cookie : kept.join(';')
+}
+
+/**
+ * Moves root-relative references of a response below the prefix that URI mode took off the path.
+ * @param prefix for example `/my-sandbox/8080`
+ * @param authority the sandbox's own `host:port`, as an application may write it into an absolute Location
+ */
+export function prefixRewriter(prefix: string, authority: string): (name: string, value: string) => string {
+  const under = (path: string): string => (path === prefix || path.startsWith(`${prefix}/`) ? path : prefix + path)
+  const reference = (value: string): string => {
+    if (value.startsWith('/')) return value.startsWith('//') ? value : under(value)
+    const own = `http://${authority}`
+    return value === own || value.startsWith(`${own}/`) ? under(value.slice(own.length) || '/') : value
+  }
+  return (name, value) => {
+    if (name === 'set-cookie') return value.replace(/(;\s*path=)(\/[^;]*)/i, (_all, lead: string, path: string) => lead + (path === '/' ? `${prefix}/` : under(path)))
+    if (name === 'refresh') return value.replace(/^(\s*[\d.]+\s*[;,]\s*url\s*=\s*)(['"]?)(.*)$/i, (_all, lead: string, quote: string, url: string) => lead + quote + reference(url))
+    return reference(value)
+  }
+}

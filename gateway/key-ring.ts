@@ -1,0 +1,52 @@
+/** The keys of signed routes, from the command line or from a file that is read again when it changes. */
+import { readFileSync, unwatchFile, watchFile } from 'node:fs'
+import { parseAccessKeys, type AccessKeys } from '#policies/access.ts'
+import { ConfigError } from '#policies/config.ts'
+
+const lookEveryMs = 1_000
+
+export class KeyRing {
+  keys: AccessKeys = new Map()
+  readonly #text: string
+  readonly #path: string
+  readonly #onProblem: (reason: string) => void
+
+  /** @param path '' when the keys are given as text; @param onProblem told about a changed file that could not be taken */
+  constructor(text: string, path: string, onProblem: (reason: string) => void) {
+    this.#text = text
+    this.#path = path
+    this.#onProblem = onProblem
+  }
+
+  /** @throws ConfigError when the keys cannot be read */
+  start(): void {
+    this.keys = this.#read()
+    if (this.#path === '') return
+    watchFile(this.#path, { interval: lookEveryMs, persistent: false }, () => {
+      try {
+        this.keys = this.#read()
+      } catch (error) {
+        this.#onProblem((error as Error).message)
+      }
+    })
+  }
+
+  close(): void {
+    if (this.#path !== '') unwatchFile(this.#path)
+  }
+
+  #read(): AccessKeys {
+    const read = parseAccessKeys(this.#path === '' ? this.#text : readText(this.#path), this.#path === '' ? '--secure-access-keys' : this.#path)
+    if (!read.ok) throw new ConfigError(read.problems)
+    return read.keys
+  }
+}
+
+/** One key a line or separated by commas. */
+function readText(path: string): string {
+  try {
+    return readFileSync(path, 'utf8').split('\n').join(',')
+  } catch (error) {
+    throw new ConfigError([{ path, reason: `cannot be read: ${(error as NodeJS.ErrnoException).code}` }])
+  }
+}

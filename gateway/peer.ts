@@ -1,0 +1,36 @@
+/** Who is at the other end of a client connection; found out once per connection. */
+import type { Socket } from 'node:net'
+import type { NetworkTable } from '#policies/address.ts'
+
+export type Peer = {
+  /** IPv4 in plain form, also on a dual-stack listener. */
+  readonly address: string
+  /** A proxy of ours: its X-Forwarded headers are believed. */
+  readonly trusted: boolean
+  /** The port the client reached. */
+  readonly localPort: string
+}
+
+const peerKey = Symbol('peer')
+type KnownSocket = Socket & { [peerKey]?: Peer }
+
+export function peerOf(socket: KnownSocket, trusted: NetworkTable): Peer {
+  return (socket[peerKey] ??= readPeer(socket, trusted))
+}
+
+function readPeer(socket: Socket, trusted: NetworkTable): Peer {
+  const remote = socket.remoteAddress ?? ''
+  const address = remote.startsWith('::ffff:') && remote.includes('.') ? remote.slice(7) : remote
+  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? '') }
+}
+
+/** The client a chain of trusted proxies speaks for: the last address in X-Forwarded-For that is not a proxy of ours. */
+export function clientOf(peer: Peer, forwardedFor: string, trusted: NetworkTable): string {
+  if (!peer.trusted || forwardedFor === '') return peer.address
+  const hops = forwardedFor.split(',')
+  for (let i = hops.length - 1; i >= 0; i--) {
+    const hop = (hops[i] as string).trim()
+    if (trusted.find(hop) === undefined) return hop === '' ? peer.address : hop
+  }
+  return (hops[0] as string).trim()
+}

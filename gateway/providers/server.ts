@@ -1,0 +1,196 @@
+/**
+ * Routes from the lifecycle server: one long response, one JSON event a line. The table is swapped at `synced`, so a half-read list is
+ * never served. When the stream breaks, the old table stays and the gateway reconnects; how long it may be trusted is the table's matter.
+ */
+import { request as httpRequest, type ClientRequest, type IncomingMessage } from 'node:http'
+import { request as httpsRequest } from 'node:https'
+import { performance } from 'node:perf_hooks'
+import { routeStreamPath, routeStreamPingSeconds, sandboxStates, type RouteEntry, type RouteEvent } from '#policies/wire.ts'
+import type { Provider } from '../gateway.ts'
+import type { RouteTable } from '../routes.ts'
+
+export type ServerOptions = {
+  /** Base URL of the lifecycle server. */
+  readonly url: string
+  readonly token: string
+  /** Told about the stream's state, once per change. */
+  readonly onState: (state: string) => void
+  /** 0 to 1, for the jitter. */
+  readonly random: () => number
+}
+
+const firstBackoff = 100
+const longestBackoff = 5_000
+/** Two pings missing: the stream is dead, whatever the kernel says. */
+const silence = (2 * routeStreamPingSeconds + 5) * 1_000
+const longestLine = 1024 * 1024
+
+export class ServerProvider implements Provider {
+  readonly #options: ServerOptions
+  readonly #table: RouteTable
+  #request: ClientRequest | null = null
+  #retry: NodeJS.Timeout | null = null
+  #backoff = firstBackoff
+  #closed = false
+  #state = ''
+  #synced: () => void = () => undefined
+
+  constructor(options: ServerOptions, table: RouteTable) {
+    this.#options = options
+    this.#table = table
+  }
+
+  /** Opens the stream. The port may open before the first list is there: until then every request is answered with 503. */
+  async start(): Promise<void> {
+    const first = new Promise<void>((resolve) => (this.#synced = resolve))
+    this.#connect()
+    let timer: NodeJS.Timeout | undefined
+    await Promise.race([first, new Promise((resolve) => (timer = setTimeout(resolve, 2_000)))])
+    clearTimeout(timer)
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true
+    if (this.#retry !== null) clearTimeout(this.#retry)
+    this.#request?.destroy()
+  }
+
+  #connect(): void {
+    const base = new URL(this.#options.url)
+    const url = new URL(base.pathname.replace(/\/$/, '') + routeStreamPath, base)
+    const send = url.protocol === 'https:' ? httpsRequest : httpRequest
+    const request = send(url, { headers: { authorization: `Bearer ${this.#options.token}`, accept: 'application/x-ndjson' }, timeout: silence, agent: false })
+    this.#request = request
+    request.once('response', (response) => this.#follow(response))
+    request.on('timeout', () => request.destroy(new Error('no event in time')))
+    request.on('error', (error) => this.#say(`disconnected: ${error.message}`))
+    request.once('close', () => this.#again())
+    request.end()
+  }
+
+  #follow(response: IncomingMessage): void {
+    if (response.statusCode !== 200) {
+      this.#say(`refused with status ${response.statusCode}`)
+      response.destroy()
+      return
+    }
+    const reader = new RouteReader(this.#table, () => {
+      this.#backoff = firstBackoff
+      this.#say('synced')
+      this.#synced()
+    })
+    response.setEncoding('utf8')
+    response.on('data', (text: string) => {
+      const problem = reader.feed(text)
+      if (problem === null) return
+      this.#say(`unreadable event: ${problem}`)
+      response.destroy()
+    })
+    response.on('error', (error) => this.#say(`disconnected: ${error.message}`))
+    response.on('end', () => this.#say('disconnected: the server ended the stream'))
+  }
+
+  #again(): void {
+    if (this.#closed) return
+    // Between half and the whole, so that gateways do not come back in step.
+    const wait = this.#backoff * (0.5 + this.#options.random() / 2)
+    this.#backoff = Math.min(this.#backoff * 2, longestBackoff)
+    this.#retry = setTimeout(() => this.#connect(), wait)
+  }
+
+  #say(state: string): void {
+    if (state === this.#state || this.#closed) return
+    this.#state = state
+    this.#options.onState(state)
+  }
+}
+
+/** Turns the text of one stream into changes of the table. */
+export class RouteReader {
+  readonly #table: RouteTable
+  readonly #onSynced: () => void
+  #rest = ''
+  /** The list being read, from `reset` to `synced`; null when it is complete and events apply at once. */
+  #listing: Map<string, RouteEntry> | null = new Map()
+
+  constructor(table: RouteTable, onSynced: () => void) {
+    this.#table = table
+    this.#onSynced = onSynced
+  }
+
+  /** @returns what makes the stream unreadable, or null */
+  feed(text: string): string | null {
+    const lines = (this.#rest + text).split('\n')
+    this.#rest = lines.pop() as string
+    if (this.#rest.length > longestLine) return 'a line is too long'
+    for (const line of lines) {
+      if (line.trim() === '') continue
+      const event = readEvent(line)
+      if (event === null) return line.slice(0, 200)
+      this.#apply(event)
+    }
+    return null
+  }
+
+  #apply(event: RouteEvent): void {
+    switch (event.type) {
+      case 'reset':
+        this.#listing = new Map()
+        return
+      case 'put':
+        if (this.#listing === null) this.#table.put(event.sandbox)
+        else this.#listing.set(event.sandbox.id, event.sandbox)
+        break
+      case 'delete':
+        if (this.#listing === null) this.#table.delete(event.id)
+        else this.#listing.delete(event.id)
+        break
+      case 'synced':
+        if (this.#listing !== null) this.#table.replace(this.#listing.values())
+        this.#listing = null
+        this.#onSynced()
+        break
+      case 'ping':
+        break
+    }
+    // A list under way proves nothing yet: only a complete one is the truth.
+    if (this.#listing === null) this.#table.alive(performance.now())
+  }
+}
+
+/** Reads one line; unknown event types are taken for pings, so that a newer server can say more. null: not an event. */
+export function readEvent(line: string): RouteEvent | null {
+  let value: unknown
+  try {
+    value = JSON.parse(line)
+  } catch {
+    return null
+  }
+  if (typeof value !== 'object' || value === null) return null
+  const event = value as { type?: unknown; sandbox?: unknown; id?: unknown }
+  switch (event.type) {
+    case 'reset':
+    case 'synced':
+    case 'ping':
+      return { type: event.type }
+    case 'delete':
+      return typeof event.id === 'string' ? { type: 'delete', id: event.id } : null
+    case 'put':
+      return isEntry(event.sandbox) ? { type: 'put', sandbox: event.sandbox } : null
+    default:
+      return typeof event.type === 'string' ? { type: 'ping' } : null
+  }
+}
+
+function isEntry(value: unknown): value is RouteEntry {
+  if (typeof value !== 'object' || value === null) return false
+  const entry = value as Record<keyof RouteEntry, unknown>
+  return (
+    typeof entry.id === 'string' && entry.id !== '' &&
+    typeof entry.host === 'string' &&
+    typeof entry.lifecycle === 'string' &&
+    sandboxStates.includes(entry.state as never) &&
+    (entry.secureAccessToken === undefined || typeof entry.secureAccessToken === 'string') &&
+    (entry.epoch === undefined || Number.isInteger(entry.epoch))
+  )
+}

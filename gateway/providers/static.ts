@@ -1,0 +1,76 @@
+/** Routes from a JSON file. It is read again when it changes; a file with a mistake in it changes nothing. */
+import { readFile, stat } from 'node:fs/promises'
+import { readStaticRoutes } from '#policies/static-routes.ts'
+import { ConfigError } from '#policies/config.ts'
+import type { Provider } from '../gateway.ts'
+import type { RouteTable } from '../routes.ts'
+
+export type StaticOptions = {
+  readonly path: string
+  /** ms between two looks at the file. Asking works on every file system and survives a rename; watching does neither. */
+  readonly every: number
+  /** Told about a file that could not be taken, once per change. */
+  readonly onProblem: (reason: string) => void
+}
+
+export class StaticProvider implements Provider {
+  readonly #options: StaticOptions
+  readonly #table: RouteTable
+  #timer: NodeJS.Timeout | null = null
+  #version = ''
+  #reading: Promise<void> | null = null
+
+  constructor(options: StaticOptions, table: RouteTable) {
+    this.#options = options
+    this.#table = table
+  }
+
+  /** @throws ConfigError when the file cannot be read or has problems: a gateway never starts with half its routes */
+  async start(): Promise<void> {
+    this.#version = await this.#stamp()
+    await this.#load()
+    this.#table.alive(Infinity)
+    this.#timer = setInterval(() => {
+      this.#reading ??= this.#look().finally(() => (this.#reading = null))
+    }, this.#options.every)
+    this.#timer.unref()
+  }
+
+  async close(): Promise<void> {
+    if (this.#timer !== null) clearInterval(this.#timer)
+    await this.#reading
+  }
+
+  async #look(): Promise<void> {
+    try {
+      const version = await this.#stamp()
+      if (version === this.#version) return
+      this.#version = version
+      await this.#load()
+    } catch (error) {
+      this.#options.onProblem((error as Error).message)
+    }
+  }
+
+  async #stamp(): Promise<string> {
+    try {
+      const { mtimeMs, size, ino } = await stat(this.#options.path)
+      return `${mtimeMs} ${size} ${ino}`
+    } catch (error) {
+      return `missing: ${(error as NodeJS.ErrnoException).code}`
+    }
+  }
+
+  async #load(): Promise<void> {
+    const { path } = this.#options
+    let value: unknown
+    try {
+      value = JSON.parse(await readFile(path, 'utf8'))
+    } catch (error) {
+      throw new ConfigError([{ path, reason: `cannot be read: ${(error as Error).message}` }])
+    }
+    const read = readStaticRoutes(value)
+    if (!read.ok) throw new ConfigError(read.problems.map((problem) => ({ path: `${path}: ${problem.path}`, reason: problem.reason })))
+    this.#table.replace(read.routes)
+  }
+}

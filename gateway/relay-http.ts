@@ -1,0 +1,398 @@
+/**
+ * One HTTP request to a sandbox and its response back, through undici. The only importer of undici.
+ * Each port of each life of a sandbox has its own pool, which dies with that life: no socket is ever shared between owners.
+ */
+import { connect as netConnect, isIP, type LookupFunction, type Socket, type TcpNetConnectOpts } from 'node:net'
+import { performance } from 'node:perf_hooks'
+import { Client, Pool, type Dispatcher } from 'undici'
+import { Fault, toFault } from '#policies/fault.ts'
+import type { LookupCallback } from './upstream-guard.ts'
+import type { LookupOptions } from 'node:dns'
+import { prefixRewriter, responseFields, type ResponseFields } from './headers.ts'
+import { RequestBody } from './request-body.ts'
+import { breakOff } from './respond.ts'
+import type { Belonging, Sandbox } from './routes.ts'
+import type { Visit } from './visit.ts'
+
+export type RelayOptions = {
+  /** ms until a connection must stand. */
+  readonly connectTimeout: number
+  /** ms from the end of locating until the response's head; 0: no limit. */
+  readonly firstByteTimeout: number
+  /** ms without a byte in either direction; 0: no limit. Event streams are spared. */
+  readonly idleTimeout: number
+  /** ms during which refused connections are tried again while a sandbox's port is booting. */
+  readonly bootGrace: number
+  /** Requests at once to one port of one sandbox. */
+  readonly maxRequests: number
+  /** The client's Host goes to the sandbox instead of the sandbox's own address. */
+  readonly preserveHost: boolean
+  readonly lookup: (name: string, options: LookupOptions, callback: LookupCallback) => void
+}
+
+/** How the relay tells that a request ended without a response of the sandbox. */
+export type Refusal = (visit: Visit, fault: Fault) => void
+
+/** ms an upstream connection is kept without a request. Many servers close after 5 s; a shorter time avoids the race with them. */
+const keepIdle = 4_000
+/** ms after which the pool of a port that nobody asks for is given up. */
+const forgetAfter = 60_000
+const largestHead = 256 * 1024
+
+/** The connections to one port of one life of a sandbox. */
+export class Upstream implements Belonging {
+  readonly authority: string
+  readonly since: number
+  active = 0
+  destroyed = false
+  /** Has a connection ever stood? Then a refusal is not a port that is still booting. */
+  reached = false
+  #lastUsed: number
+  readonly #pool: Pool
+  readonly #lines = new Set<Line>()
+
+  constructor(host: string, port: number, options: RelayOptions, now: number) {
+    this.authority = isIP(host) === 6 ? `[${host}]:${port}` : `${host}:${port}`
+    this.since = now
+    this.#lastUsed = now
+    // The origin is a placeholder: the address is dialled by our own connector and the Host is a header of ours.
+    this.#pool = new Pool('http://sandbox.invalid', {
+      connections: options.maxRequests,
+      pipelining: 1,
+      keepAliveTimeout: keepIdle,
+      keepAliveMaxTimeout: 60_000,
+      headersTimeout: 0,
+      bodyTimeout: 0,
+      maxHeaderSize: largestHead,
+      factory: (origin, given) => {
+        const line = new Line(origin, given, this, host, port, options)
+        this.#lines.add(line)
+        return line
+      },
+    })
+  }
+
+  dispatch(request: Dispatcher.DispatchOptions, relay: HttpRelay): void {
+    this.#lastUsed = performance.now()
+    this.#pool.dispatch(request, relay)
+  }
+
+  /** Gives the pool up when nobody used it for long. @returns true: gone */
+  sweep(now: number): boolean {
+    if (this.active > 0 || now - this.#lastUsed < forgetAfter) return false
+    this.destroy(new Error('idle'))
+    return true
+  }
+
+  destroy(reason: Error): void {
+    this.destroyed = true
+    // Also a dial under way must end: the address may belong to somebody else when it completes.
+    for (const line of this.#lines) line.hangUp()
+    this.#lines.clear()
+    this.#pool.destroy(reason).catch(() => undefined)
+  }
+}
+
+/** What a connector tells about the socket it made. */
+type Wire = { socket: Socket | null; served: number; relay: HttpRelay | null; dialled: number }
+
+/** One upstream connection at a time, and what undici does not tell: whether it served before, and whether it was reset. */
+class Line extends Client {
+  readonly wire: Wire
+  constructor(origin: URL, given: object, upstream: Upstream, host: string, port: number, options: RelayOptions) {
+    const wire: Wire = { socket: null, served: 0, relay: null, dialled: 0 }
+    super(origin, { ...given, connect: (_target, callback) => dial(wire, upstream, host, port, options, callback) })
+    this.wire = wire
+  }
+
+  override dispatch(request: Dispatcher.DispatchOptions, handler: Dispatcher.DispatchHandler): boolean {
+    ;(handler as HttpRelay).wire = this.wire
+    return super.dispatch(request, handler)
+  }
+
+  hangUp(): void {
+    this.wire.socket?.destroy()
+  }
+}
+
+type Connected = (...result: [null, Socket] | [Error, null]) => void
+
+function dial(wire: Wire, upstream: Upstream, host: string, port: number, options: RelayOptions, callback: Connected): void {
+  if (upstream.destroyed) return callback(new Fault('EDGE_UPSTREAM_BROKEN'), null)
+  // highWaterMark is an option of the stream underneath, which the types of net.connect leave out.
+  const target: TcpNetConnectOpts & { highWaterMark: number } = { host, port, noDelay: true, keepAlive: true, keepAliveInitialDelay: 30_000, highWaterMark: 64 * 1024, lookup: options.lookup as LookupFunction }
+  const socket = netConnect(target)
+  wire.socket = socket
+  wire.served = 0
+  let settled = false
+  const timer = setTimeout(() => socket.destroy(new Fault('EDGE_UPSTREAM_TIMEOUT', 'the sandbox did not accept the connection in time')), options.connectTimeout)
+  const settle = (error: Error | null): void => {
+    if (settled) return
+    settled = true
+    clearTimeout(timer)
+    if (error !== null) return callback(error, null)
+    upstream.reached = true
+    callback(null, socket)
+  }
+  socket.once('connect', () => settle(null))
+  socket.on('error', (error: NodeJS.ErrnoException) => {
+    // undici takes a reset for the regular end of a body without a length; this listener runs first and knows better.
+    if (error.code === 'ECONNRESET' && wire.relay !== null) wire.relay.reset = true
+    settle(error)
+  })
+  socket.once('close', () => settle(new Fault('EDGE_UPSTREAM_BROKEN')))
+}
+
+/** Methods whose requests may be sent twice without harm. RFC 9110 §9.2.1. */
+const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
+/** Methods that undici announces a body for; without one they say so themselves. */
+const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
+
+/** One exchange. Also undici's handler of it, so that a request costs one object here. */
+export class HttpRelay implements Dispatcher.DispatchHandler {
+  wire: Wire | null = null
+  /** The connection was reset, so an end of the body is not one. */
+  reset = false
+  lastByteAt: number
+  readonly #visit: Visit
+  readonly #upstream: Upstream
+  readonly #options: RelayOptions
+  readonly #refuse: Refusal
+  readonly #active: Set<HttpRelay>
+  #controller: Dispatcher.DispatchController | null = null
+  #body: RequestBody | null = null
+  #answered = false
+  #bodyBegun = false
+  #stream = false
+  #over = false
+  #retried = false
+  #dials = 0
+  #onDrain: (() => void) | null = null
+  readonly draining: () => boolean
+
+  constructor(visit: Visit, upstream: Upstream, options: RelayOptions, refuse: Refusal, active: Set<HttpRelay>, draining: () => boolean) {
+    this.#visit = visit
+    this.#upstream = upstream
+    this.#options = options
+    this.#refuse = refuse
+    this.#active = active
+    this.draining = draining
+    this.lastByteAt = visit.locatedAt
+    upstream.active++
+    active.add(this)
+  }
+
+  /** Sends the request. The visit's head holds only what the sandbox may see. */
+  send(): void {
+    const { request, head } = this.#visit
+    const method = request.method as string
+    const headers = head.out
+    const hasBody = head.chunked || (head.contentLength !== '' && head.contentLength !== '0')
+    headers.push('host', this.#options.preserveHost && head.host !== undefined ? head.host : this.#upstream.authority)
+    if (head.contentLength !== '') headers.push('content-length', head.contentLength)
+    else if (!head.chunked && bodyMethods.has(method)) headers.push('content-length', '0')
+    if (hasBody) this.#body = new RequestBody(this.#visit, this)
+    this.#dispatch(method, hasBody)
+  }
+
+  #dispatch(method: string, hasBody: boolean): void {
+    const options: Dispatcher.DispatchOptions = { path: this.#visit.target, method, headers: this.#visit.head.out, body: this.#body, headersTimeout: 0, bodyTimeout: 0 }
+    // undici closes the connection after a HEAD and after a body on a method that seldom has one; the former is not needed.
+    if (!hasBody) options.reset = false
+    this.#upstream.dispatch(options, this)
+  }
+
+  /** The client is gone, or its response is complete. */
+  clientClosed(): void {
+    if (this.#over) return
+    this.#end()
+    this.#controller?.abort(new Fault('EDGE_BAD_REQUEST', 'the client went away'))
+    this.#body?.destroy()
+  }
+
+  /** Called about once a second. @param now ms since the process started */
+  checkTimes(now: number): void {
+    const { firstByteTimeout, idleTimeout } = this.#options
+    const quiet = now - this.lastByteAt
+    if (!this.#bodyBegun && this.#visit.firstByteAt === 0) {
+      if (firstByteTimeout > 0 && quiet > firstByteTimeout) this.#giveUp('no answer in time')
+    } else if (idleTimeout > 0 && !this.#stream && quiet > idleTimeout) this.#giveUp('the connection fell silent')
+  }
+
+  #giveUp(why: string): void {
+    const fault = new Fault('EDGE_UPSTREAM_TIMEOUT', why)
+    if (this.#controller === null) this.#fail(fault)
+    else this.#controller.abort(fault)
+  }
+
+  onRequestStart(controller: Dispatcher.DispatchController): void {
+    this.#controller = controller
+    if (this.#over) return controller.abort(new Fault('EDGE_BAD_REQUEST', 'the client went away'))
+    if (this.wire !== null) this.wire.relay = this
+    this.#visit.dialledAt = performance.now()
+  }
+
+  onResponseStarted(): void {
+    this.#answered = true
+  }
+
+  onResponseStart(_controller: Dispatcher.DispatchController, status: number, fields: ResponseFields, reason?: string): void {
+    const visit = this.#visit
+    const response = visit.response
+    if (this.#over || response === null) return
+    this.lastByteAt = performance.now()
+    if (status < 200) return this.#inform(status, fields)
+    visit.firstByteAt = this.lastByteAt
+    visit.status = status
+    const method = visit.request.method
+    const out = responseFields(fields, visit.prefix === '' ? null : prefixRewriter(visit.prefix, this.#upstream.authority), hostName(visit.head.host))
+    // `Trailer` announces what only chunks can carry (RFC 9110 §6.6.2): Node refuses to send it otherwise.
+    const length = fields['content-length']
+    visit.hasLength = length !== undefined
+    const bodiless = method === 'HEAD' || status === 204 || status === 304
+    dropField(out, 'trailer', length !== undefined || bodiless || visit.request.httpVersionMinor === 0)
+    if (status === 204) dropField(out, 'content-length', true)
+    if (this.draining()) out.push('connection', 'close')
+    this.#stream = String(fields['content-type'] ?? '').startsWith('text/event-stream')
+    try {
+      response.writeHead(status, reason, out)
+    } catch (error) {
+      throw new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox sent a header that HTTP does not allow', { cause: error })
+    }
+    // A body in the same packet goes out with the head; when none comes at once, the head must not wait for it.
+    if (!bodiless && length !== '0') process.nextTick(flushHead, this)
+  }
+
+  /** Sends the head alone when the body did not begin in the same tick. */
+  flushHead(): void {
+    if (!this.#bodyBegun && !this.#over) this.#visit.response?.flushHeaders()
+  }
+
+  onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    const visit = this.#visit
+    this.#bodyBegun = true
+    visit.bytesOut += chunk.length
+    this.lastByteAt = performance.now()
+    const response = visit.response
+    if (response === null || response.write(chunk)) return
+    controller.pause()
+    if (this.#onDrain === null) {
+      this.#onDrain = () => {
+        this.lastByteAt = performance.now()
+        this.#controller?.resume()
+      }
+      response.on('drain', this.#onDrain)
+    }
+  }
+
+  onResponseEnd(_controller: Dispatcher.DispatchController, trailers: ResponseFields): void {
+    if (this.wire !== null) {
+      this.wire.served++
+      this.wire.relay = null
+    }
+    if (this.#over) return
+    if (this.reset) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN'))
+    this.#end()
+    const response = this.#visit.response
+    if (response === null) return
+    if (response.chunkedEncoding && hasFields(trailers)) response.addTrailers(asPairs(trailers))
+    response.end()
+  }
+
+  onResponseError(_controller: Dispatcher.DispatchController, error: Error): void {
+    const wire = this.wire
+    if (wire !== null && wire.relay === this) wire.relay = null
+    if (this.#over) return
+    if (this.#upstream.destroyed) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
+    if (this.#retryStale(wire, error) || this.#retryBooting(error)) return
+    this.#fail(error instanceof Fault ? error : toFault(error))
+  }
+
+  /** A connection that served before may die under a request that the sandbox never saw. One more try, when a replay is safe. */
+  #retryStale(wire: Wire | null, error: Error): boolean {
+    const code = (error as { code?: string }).code
+    const stale = code === 'UND_ERR_SOCKET' || code === 'ECONNRESET' || code === 'EPIPE'
+    const { request, head } = this.#visit
+    const safe = this.#body === null && (safeMethods.has(request.method as string) || head.replayable)
+    if (!stale || !safe || this.#retried || this.#answered || wire === null || wire.served === 0) return false
+    this.#retried = true
+    this.reset = false
+    this.#dispatch(request.method as string, false)
+    return true
+  }
+
+  /** A port of a young sandbox may not listen yet. Tried again for a bounded time, as long as no connection ever stood. */
+  #retryBooting(error: Error): boolean {
+    const upstream = this.#upstream
+    if ((error as { code?: string }).code !== 'ECONNREFUSED' || upstream.reached || (this.#body !== null && this.#body.begun)) return false
+    const wait = Math.min(50 * 2 ** this.#dials, 400)
+    if (performance.now() + wait - upstream.since > this.#options.bootGrace) return false
+    this.#dials++
+    setTimeout(() => {
+      if (this.#over) return
+      if (upstream.destroyed) this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
+      else this.#dispatch(this.#visit.request.method as string, this.#body !== null)
+    }, wait)
+    return true
+  }
+
+  /** Passes a 1xx on. RFC 9110 §15.2: HTTP/1.0 clients do not know them, and 100 was ours to give. */
+  #inform(status: number, fields: ResponseFields): void {
+    const { request, response } = this.#visit
+    if (status < 102 || request.httpVersionMinor === 0 || response === null || response.headersSent) return
+    response.writeInformation(status, responseFields(fields, null, ''))
+  }
+
+  #fail(fault: Fault): void {
+    this.#end()
+    this.#body?.destroy()
+    const visit = this.#visit
+    if (visit.response !== null && visit.response.headersSent) {
+      visit.code = fault.code
+      breakOff(visit)
+    } else this.#refuse(visit, fault)
+  }
+
+  #end(): void {
+    this.#over = true
+    this.#upstream.active--
+    this.#active.delete(this)
+  }
+}
+
+function flushHead(relay: HttpRelay): void {
+  relay.flushHead()
+}
+
+function hostName(host: string | undefined): string {
+  if (host === undefined) return ''
+  const colon = host.lastIndexOf(':')
+  return (colon > host.lastIndexOf(']') ? host.slice(0, colon) : host).toLowerCase()
+}
+
+function dropField(out: string[], name: string, when: boolean): void {
+  if (!when) return
+  for (let i = out.length - 2; i >= 0; i -= 2) if (out[i] === name) out.splice(i, 2)
+}
+
+function hasFields(fields: ResponseFields): boolean {
+  for (const name in fields) if (Object.hasOwn(fields, name)) return true
+  return false
+}
+
+function asPairs(fields: ResponseFields): [string, string][] {
+  const flat = responseFields(fields, null, '')
+  const pairs: [string, string][] = []
+  for (let i = 0; i < flat.length; i += 2) pairs.push([flat[i] as string, flat[i + 1] as string])
+  return pairs
+}
+
+/** The pool for one port of a sandbox, made on first use; null when the port has as many requests as it may. */
+export function upstreamOf(sandbox: Sandbox, port: number, options: RelayOptions): Upstream | null {
+  let upstream = sandbox.upstreams.get(port) as Upstream | undefined
+  if (upstream === undefined || upstream.destroyed) {
+    upstream = new Upstream(sandbox.entry.host, port, options, performance.now())
+    sandbox.upstreams.set(port, upstream)
+  }
+  return upstream.active < options.maxRequests ? upstream : null
+}

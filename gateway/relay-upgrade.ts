@@ -1,0 +1,295 @@
+/**
+ * WebSocket upgrades: http-proxy-3 dials and pipes, behind cleaned headers and a stream of ours instead of the client's socket.
+ * The only importer of http-proxy-3. What it would do to the heads of both sides is done here, because it merges repeated fields.
+ */
+import { Agent, ServerResponse, type ClientRequest, type IncomingMessage } from 'node:http'
+import { performance } from 'node:perf_hooks'
+import type { Socket } from 'node:net'
+import httpProxy from 'http-proxy-3'
+import { Fault, toFault } from '#policies/fault.ts'
+import { ClientStream } from './client-stream.ts'
+import { connectionOptions } from './headers.ts'
+import type { RelayOptions, Refusal } from './relay-http.ts'
+import type { Belonging, Sandbox } from './routes.ts'
+import type { Visit } from './visit.ts'
+
+export type UpgradeOptions = RelayOptions & {
+  readonly maxPerSandbox: number
+  readonly maxPerClient: number
+}
+
+/** All tunnels of one gateway. */
+export class UpgradeRelay {
+  readonly #options: UpgradeOptions
+  readonly #refuse: Refusal
+  readonly #done: (visit: Visit) => void
+  readonly #proxy = httpProxy.createProxyServer({})
+  readonly #agents = new WeakMap<Sandbox, AgentOfSandbox>()
+  readonly #perClient = new Map<string, number>()
+  readonly #tunnels = new Set<Tunnel>()
+  /** The tunnel whose request http-proxy-3 is building: `ws()` emits `proxyReqWs` before it returns. */
+  #building: Tunnel | null = null
+
+  /** @param done called once per upgrade at its end, for the access line */
+  constructor(options: UpgradeOptions, refuse: Refusal, done: (visit: Visit) => void) {
+    this.#options = options
+    this.#refuse = refuse
+    this.#done = done
+    this.#proxy.on('proxyReqWs', (request: ClientRequest) => this.#building?.attach(request))
+    this.#proxy.on('error', () => undefined)
+  }
+
+  get size(): number {
+    return this.#tunnels.size
+  }
+
+  /**
+   * Dials the sandbox and joins the two connections. Refusals of the sandbox are relayed as they are.
+   * @param socket the client's, taken over from node:http
+   * @param early bytes the client sent behind its head
+   */
+  relay(visit: Visit, sandbox: Sandbox, socket: Socket, early: Buffer): void {
+    const open = this.#perClient.get(visit.client) ?? 0
+    if (sandbox.tunnels.size >= this.#options.maxPerSandbox || open >= this.#options.maxPerClient) {
+      this.#refuse(visit, new Fault('EDGE_OVERLOADED', 'too many upgraded connections'))
+      return this.#done(visit)
+    }
+    this.#perClient.set(visit.client, open + 1)
+    const tunnel = new Tunnel(visit, sandbox, socket, this.#options, this.#refuse, () => this.#ended(tunnel, visit))
+    this.#tunnels.add(tunnel)
+    const { host } = sandbox.entry
+    this.#building = tunnel
+    this.#proxy.ws(
+      tunnel.request as IncomingMessage,
+      tunnel.client as unknown as Socket,
+      early,
+      { target: { protocol: 'http:', host, port: visit.port }, agent: this.#agentOf(sandbox), toProxy: true, connectTimeout: this.#options.connectTimeout },
+      (error) => tunnel.fail(error),
+    )
+    this.#building = null
+    tunnel.takeResponses()
+  }
+
+  /** Says 1001 to every client, between frames. */
+  leave(): void {
+    for (const tunnel of this.#tunnels) tunnel.leave()
+  }
+
+  destroy(): void {
+    for (const tunnel of this.#tunnels) tunnel.destroy(new Error('shut down'))
+  }
+
+  /** Called about once a second. */
+  checkTimes(now: number): void {
+    for (const tunnel of this.#tunnels) tunnel.checkTimes(now)
+  }
+
+  #agentOf(sandbox: Sandbox): Agent {
+    let kept = this.#agents.get(sandbox)
+    if (kept === undefined) {
+      kept = new AgentOfSandbox(this.#options)
+      this.#agents.set(sandbox, kept)
+      sandbox.belongings.add(kept)
+    }
+    return kept.agent
+  }
+
+  #ended(tunnel: Tunnel, visit: Visit): void {
+    this.#tunnels.delete(tunnel)
+    const open = (this.#perClient.get(visit.client) ?? 1) - 1
+    if (open === 0) this.#perClient.delete(visit.client)
+    else this.#perClient.set(visit.client, open)
+    this.#done(visit)
+  }
+}
+
+/** Connections that a sandbox did not upgrade may be kept, but only for this life of this sandbox. */
+class AgentOfSandbox implements Belonging {
+  readonly agent: Agent
+  constructor(options: RelayOptions) {
+    // allowHalfOpen is an option of net.connect, which the agent hands on.
+    this.agent = new Agent({ keepAlive: true, timeout: 0, noDelay: true, lookup: options.lookup, allowHalfOpen: true } as ConstructorParameters<typeof Agent>[0])
+  }
+  destroy(): void {
+    this.agent.destroy()
+  }
+}
+
+/** What http-proxy-3 reads of a request. */
+type ProxiedRequest = Pick<IncomingMessage, 'method' | 'url' | 'headers' | 'httpVersion' | 'httpVersionMajor'>
+
+class Tunnel implements Belonging {
+  readonly client: ClientStream
+  readonly request: ProxiedRequest
+  readonly #visit: Visit
+  readonly #sandbox: Sandbox
+  readonly #socket: Socket
+  readonly #options: UpgradeOptions
+  readonly #refuse: Refusal
+  readonly #onEnd: () => void
+  #outgoing: ClientRequest | null = null
+  #upstream: Socket | null = null
+  #answered = false
+  #ended = false
+
+  constructor(visit: Visit, sandbox: Sandbox, socket: Socket, options: UpgradeOptions, refuse: Refusal, onEnd: () => void) {
+    this.#visit = visit
+    this.#sandbox = sandbox
+    this.#socket = socket
+    this.#options = options
+    this.#refuse = refuse
+    this.#onEnd = onEnd
+    this.client = new ClientStream(socket)
+    this.client.on('error', () => undefined)
+    this.request = { method: 'GET', url: '/', headers: grouped(visit, authorityOf(sandbox, visit.port), options), httpVersion: '1.1', httpVersionMajor: 1 }
+    sandbox.tunnels.add(this)
+    socket.setTimeout(0)
+    socket.on('close', () => this.#end())
+  }
+
+  /** First with the request, before http-proxy-3 listens to it. */
+  attach(outgoing: ClientRequest): void {
+    this.#outgoing = outgoing
+    // Set here and not as the URL: http-proxy-3 drops a bare `?`.
+    outgoing.path = this.#visit.target
+    outgoing.once('socket', (socket: Socket) => {
+      const connected = (): void => void (this.#visit.dialledAt = performance.now())
+      if (socket.connecting) socket.once('connect', connected)
+      else connected()
+    })
+    outgoing.on('information', (info) => {
+      if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${info.statusMessage}`, endToEnd(info.rawHeaders)) + '\r\n')
+    })
+    outgoing.once('upgrade', (response: IncomingMessage, upstream: Socket) => this.#open(response, upstream))
+  }
+
+  /** A response that is no upgrade is relayed by us: http-proxy-3 would not notice when it breaks off. */
+  takeResponses(): void {
+    this.#outgoing?.removeAllListeners('response')
+    this.#outgoing?.once('response', (response: IncomingMessage) => this.#refused(response))
+  }
+
+  #open(response: IncomingMessage, upstream: Socket): void {
+    const visit = this.#visit
+    this.#answered = true
+    this.#upstream = upstream
+    visit.status = 101
+    visit.upgraded = true
+    visit.firstByteAt = performance.now()
+    upstream.on('error', () => this.#socket.destroy())
+    // Gone without an end of its own: the other side must not take that for one.
+    upstream.once('close', (hadError) => {
+      if (hadError || !upstream.readableEnded) this.#socket.destroy()
+    })
+    const upgrade = response.headers.upgrade ?? 'websocket'
+    this.#socket.write(headText('HTTP/1.1 101 Switching Protocols', endToEnd(response.rawHeaders)) + `connection: Upgrade\r\nupgrade: ${upgrade}\r\n\r\n`, 'latin1')
+    this.client.open()
+  }
+
+  /** The sandbox answered with an ordinary response: it goes to the client as it is, and the connection ends with it. */
+  #refused(incoming: IncomingMessage): void {
+    this.#answered = true
+    const visit = this.#visit
+    visit.status = incoming.statusCode ?? 502
+    visit.firstByteAt = performance.now()
+    const outgoing = new ServerResponse(visit.request)
+    outgoing.assignSocket(this.#socket)
+    const fields = endToEnd(incoming.rawHeaders)
+    fields.push('connection', 'close')
+    outgoing.writeHead(visit.status, incoming.statusMessage, fields)
+    incoming.on('data', (chunk: Buffer) => {
+      visit.bytesOut += chunk.length
+      if (outgoing.write(chunk)) return
+      incoming.pause()
+      outgoing.once('drain', () => incoming.resume())
+    })
+    incoming.once('end', () => outgoing.end(() => this.#socket.destroySoon()))
+    incoming.once('error', () => this.#socket.resetAndDestroy())
+  }
+
+  /** The dial failed, or the connection broke before an answer. */
+  fail(error: Error): void {
+    if (this.#answered) {
+      this.#socket.destroy()
+      return
+    }
+    this.#answered = true
+    if (this.#socket.destroyed) return
+    const fault = error instanceof Fault ? error : toFault((error as { code?: string }).code === 'ECONNECT_TIMEOUT' ? new Fault('EDGE_UPSTREAM_TIMEOUT') : error)
+    // The original answers a failed WebSocket dial with a plain 503.
+    const code = fault.code === 'EDGE_UPSTREAM_REFUSED' || fault.code === 'EDGE_UPSTREAM_BROKEN' || fault.code === 'EDGE_UPSTREAM_TIMEOUT' ? 'EDGE_NOT_READY' : fault.code
+    this.#refuse(this.#visit, new Fault(code))
+  }
+
+  leave(): void {
+    this.client.leave()
+  }
+
+  checkTimes(now: number): void {
+    const { firstByteTimeout } = this.#options
+    if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
+    this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
+    this.#outgoing?.destroy()
+  }
+
+  destroy(_reason: Error): void {
+    this.#outgoing?.destroy()
+    this.#upstream?.destroy()
+    this.#socket.destroy()
+  }
+
+  #end(): void {
+    if (this.#ended) return
+    this.#ended = true
+    this.#sandbox.tunnels.delete(this)
+    this.#visit.bytesIn = this.client.bytesIn
+    this.#visit.bytesOut += this.client.bytesOut
+    this.client.destroy()
+    this.#outgoing?.destroy()
+    this.#upstream?.destroy()
+    this.#onEnd()
+  }
+}
+
+function authorityOf(sandbox: Sandbox, port: number): string {
+  const { host } = sandbox.entry
+  return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`
+}
+
+/** The cleaned request fields as node:http wants them: one list of values per name, so that repeated ones stay apart. */
+function grouped(visit: Visit, authority: string, options: RelayOptions): IncomingMessage['headers'] {
+  const fields: Record<string, string | string[]> = Object.create(null)
+  const { out, host } = visit.head
+  for (let i = 0; i < out.length; i += 2) {
+    const name = (out[i] as string).toLowerCase()
+    const value = out[i + 1] as string
+    const before = fields[name]
+    fields[name] = before === undefined ? value : typeof before === 'string' ? [before, value] : [...before, value]
+  }
+  fields['host'] = options.preserveHost && host !== undefined ? host : authority
+  fields['connection'] = 'Upgrade'
+  fields['upgrade'] = 'websocket'
+  return fields as IncomingMessage['headers']
+}
+
+const hops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer', 'transfer-encoding', 'upgrade'])
+
+/** Raw response fields without the hop-by-hop ones, order and repetition kept. */
+function endToEnd(raw: readonly string[]): string[] {
+  const named = new Set<string>()
+  for (let i = 0; i < raw.length; i += 2) {
+    if ((raw[i] as string).toLowerCase() === 'connection') for (const option of connectionOptions(raw[i + 1] as string)) named.add(option)
+  }
+  const out: string[] = []
+  for (let i = 0; i < raw.length; i += 2) {
+    const name = (raw[i] as string).toLowerCase()
+    if (!hops.has(name) && !named.has(name)) out.push(raw[i] as string, raw[i + 1] as string)
+  }
+  return out
+}
+
+function headText(line: string, fields: readonly string[]): string {
+  let text = `${line}\r\n`
+  for (let i = 0; i < fields.length; i += 2) text += `${fields[i]}: ${fields[i + 1]}\r\n`
+  return text
+}

@@ -1,0 +1,58 @@
+/**
+ * The request's body on its way to the sandbox. undici destroys a body it no longer wants, and an IncomingMessage takes the client's
+ * connection with it: this stream stands between, so that an early answer still reaches the client.
+ */
+import { performance } from 'node:perf_hooks'
+import { Readable } from 'node:stream'
+import { Fault } from '#policies/fault.ts'
+import type { Visit } from './visit.ts'
+
+export class RequestBody extends Readable {
+  /** Bytes were asked for: the request can no longer be sent again from its start. */
+  begun = false
+  readonly #visit: Visit
+  readonly #clock: { lastByteAt: number }
+
+  /** @param clock told when bytes moved */
+  constructor(visit: Visit, clock: { lastByteAt: number }) {
+    super({ highWaterMark: 64 * 1024 })
+    this.#visit = visit
+    this.#clock = clock
+    // undici listens only while it sends; an error after that has nobody left to tell.
+    this.on('error', () => undefined)
+  }
+
+  override _read(): void {
+    const { request, response } = this.#visit
+    if (this.begun) {
+      request.resume()
+      return
+    }
+    this.begun = true
+    if (this.#visit.awaitsContinue) {
+      this.#visit.awaitsContinue = false
+      response?.writeContinue()
+    }
+    request.on('data', this.#onData).on('end', this.#onEnd).on('close', this.#onClose)
+  }
+
+  override _destroy(error: Error | null, callback: (error: Error | null) => void): void {
+    const { request } = this.#visit
+    request.off('data', this.#onData).off('end', this.#onEnd).off('close', this.#onClose)
+    callback(error)
+  }
+
+  #onData = (chunk: Buffer): void => {
+    this.#visit.bytesIn += chunk.length
+    this.#clock.lastByteAt = performance.now()
+    if (!this.push(chunk)) this.#visit.request.pause()
+  }
+
+  #onEnd = (): void => {
+    this.push(null)
+  }
+
+  #onClose = (): void => {
+    if (!this.#visit.request.readableEnded) this.destroy(new Fault('EDGE_BAD_REQUEST', 'the client went away'))
+  }
+}

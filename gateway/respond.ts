@@ -1,0 +1,85 @@
+/** The only writer of error bodies: a fault becomes JSON for programs, a small page for browsers, and the original's text for the rest. */
+import { STATUS_CODES } from 'node:http'
+import { faults, type FaultCode } from '#policies/fault.ts'
+import type { Visit } from './visit.ts'
+
+/** Seconds after which another try makes sense. */
+const retryAfter: Partial<Record<FaultCode, string>> = {
+  EDGE_NOT_READY: '1',
+  EDGE_ROUTES_STALE: '5',
+  EDGE_DRAINING: '1',
+  EDGE_OVERLOADED: '1',
+  EDGE_VERIFIER_MISSING: '30',
+  EDGE_TOO_MANY_ATTEMPTS: '30',
+}
+
+/**
+ * Answers a request with a fault. When a part of a response is already out, the connection is broken instead: a client must never
+ * take half an answer for a whole one.
+ * @param detail shown to the client; '' means the fault's own text
+ */
+export function refuse(visit: Visit, code: FaultCode, detail: string, draining: boolean): void {
+  const { response } = visit
+  visit.code = code
+  if (response === null) return refuseUpgrade(visit, code, detail)
+  if (response.headersSent) return breakOff(visit)
+  const status = faults[code].status
+  visit.status = status
+  const { type, body } = render(visit, code, detail)
+  const headers = faultHeaders(visit, code, type, body)
+  // A client that waits for 100 Continue may or may not send its body now: nothing behind it could be told apart (RFC 9110 §10.1.1).
+  if (visit.awaitsContinue || draining) headers.push('connection', 'close')
+  response.writeHead(status, headers)
+  response.end(body)
+}
+
+/** Ends the client's connection so that it cannot look like the end of the response. */
+export function breakOff(visit: Visit): void {
+  const { response, socket } = visit
+  // Without chunks or a length the end of the connection is the end of the body (HTTP/1.0): only a reset says otherwise.
+  if (response !== null && !response.chunkedEncoding && !visit.hasLength) socket.resetAndDestroy()
+  else socket.destroy()
+}
+
+/** The same for a request whose response object Node has already handed over to us as a bare socket. */
+function refuseUpgrade(visit: Visit, code: FaultCode, detail: string): void {
+  const { socket } = visit
+  const status = faults[code].status
+  visit.status = status
+  const { type, body } = render(visit, code, detail)
+  let head = `HTTP/1.1 ${status} ${STATUS_CODES[status]}\r\n`
+  const headers = faultHeaders(visit, code, type, body)
+  for (let i = 0; i < headers.length; i += 2) head += `${headers[i]}: ${headers[i + 1]}\r\n`
+  socket.end(`${head}connection: close\r\n\r\n${body}`)
+}
+
+function faultHeaders(visit: Visit, code: FaultCode, type: string, body: string): string[] {
+  const headers = ['content-type', type, 'content-length', String(Buffer.byteLength(body)), 'x-content-type-options', 'nosniff', 'cache-control', 'no-store']
+  if (visit.requestId !== '') headers.push('x-request-id', visit.requestId)
+  const wait = retryAfter[code]
+  if (wait !== undefined) headers.push('retry-after', wait)
+  return headers
+}
+
+function render(visit: Visit, code: FaultCode, detail: string): { type: string; body: string } {
+  const accept = visit.request.headers.accept ?? ''
+  const { text, next, status } = faults[code]
+  const message = detail === '' ? text : detail
+  if (accept.includes('text/html')) return { type: 'text/html; charset=utf-8', body: page(status, code, message, next, visit.requestId) }
+  if (accept.includes('json')) return { type: 'application/json', body: `${JSON.stringify({ code, message, next, request_id: visit.requestId })}\n` }
+  // A failed WebSocket dial is answered like this by the original.
+  if (visit.response === null && status === 503 && code === 'EDGE_NOT_READY' && detail === '') return { type: 'text/plain; charset=utf-8', body: 'Service Unavailable\n' }
+  return { type: 'text/plain; charset=utf-8', body: `OpenSandbox Ingress: ${message}\n` }
+}
+
+function page(status: number, code: FaultCode, message: string, next: string, requestId: string): string {
+  return `<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>${status} ${STATUS_CODES[status]}</title>
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:40em;margin:15vh auto;padding:0 1em}code{background:#eee;padding:.1em .3em}</style></head>
+<body><h1>${status} ${STATUS_CODES[status]}</h1><p>${escapeHtml(message)}</p><p>${escapeHtml(next)}</p><p><code>${code}</code> <small>${escapeHtml(requestId)}</small></p></body></html>
+`
+}
+
+function escapeHtml(text: string): string {
+  return text.replaceAll('&', '&amp;').replaceAll('<', '&lt;').replaceAll('>', '&gt;').replaceAll('"', '&quot;')
+}

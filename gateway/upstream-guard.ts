@@ -1,0 +1,78 @@
+/**
+ * Which addresses the gateway dials. A route that leads to the gateway's own host would turn it into a door to every service there
+ * (SSRF), so loopback, unspecified, link-local (cloud metadata), multicast and the host's own addresses are refused.
+ */
+import { lookup as dnsLookup, type LookupAddress, type LookupOptions } from 'node:dns'
+import { isIP } from 'node:net'
+import { networkInterfaces } from 'node:os'
+import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
+import { Fault } from '#policies/fault.ts'
+import { normaliseName } from '#policies/host.ts'
+
+const loopback = 0
+const never = 1
+const refused = new NetworkTable()
+for (const text of ['0.0.0.0/8', '169.254.0.0/16', '224.0.0.0/4', '255.255.255.255', '::', 'fe80::/10', 'ff00::/8']) refused.add(readNetwork(text) as Network, never)
+for (const text of ['127.0.0.0/8', '::1']) refused.add(readNetwork(text) as Network, loopback)
+
+export type LookupCallback = (error: Error | null, address?: string | LookupAddress[], family?: number) => void
+
+export class UpstreamGuard {
+  readonly #allowLoopback: boolean
+  readonly #addresses: () => readonly string[]
+  #own: ReadonlySet<string> = new Set()
+
+  /**
+   * @param allowLoopback dial loopback and own addresses all the same (link-local and multicast never)
+   * @param addresses this host's addresses; asked again at every `refresh`
+   */
+  constructor(allowLoopback: boolean, addresses: () => readonly string[] = interfaceAddresses) {
+    this.#allowLoopback = allowLoopback
+    this.#addresses = addresses
+    this.refresh()
+  }
+
+  refresh(): void {
+    this.#own = new Set(this.#addresses().map((address) => canonicalAddress(address) ?? address))
+  }
+
+  /** May the gateway dial this host? A name is judged by its form here and by its addresses when it is dialled. */
+  allows(host: string): boolean {
+    if (isIP(host) === 0) return this.#allowsName(host)
+    return this.#allowsAddress(host)
+  }
+
+  /** Loopback or one of our own addresses: several sandboxes may share such a one. */
+  isOwn(host: string): boolean {
+    const address = canonicalAddress(host)
+    return address === null ? host === 'localhost' : this.#own.has(address) || refused.find(address) === loopback
+  }
+
+  /** A `lookup` for net.connect that refuses a name as soon as one of its addresses is refused. */
+  readonly lookup = (name: string, options: LookupOptions, callback: LookupCallback): void => {
+    dnsLookup(name, { ...options, all: true }, (error, found) => {
+      if (error !== null) return callback(error)
+      const first = found[0]
+      if (first === undefined || found.some(({ address }) => !this.#allowsAddress(address))) return callback(new Fault('EDGE_UPSTREAM_FORBIDDEN'))
+      return options.all === true ? callback(null, found) : callback(null, first.address, first.family)
+    })
+  }
+
+  #allowsName(host: string): boolean {
+    // Digits at the end would be read as an old-style IPv4 address by some resolvers (RFC 6943 §3.1.1).
+    if (normaliseName(host) === null || /(^|\.)(0x[0-9a-f]*|\d+)\.?$/i.test(host)) return false
+    return host !== 'localhost' || this.#allowLoopback
+  }
+
+  #allowsAddress(text: string): boolean {
+    const address = canonicalAddress(text)
+    if (address === null) return false
+    const why = refused.find(address)
+    if (why === never) return false
+    return this.#allowLoopback || (why !== loopback && !this.#own.has(address))
+  }
+}
+
+function interfaceAddresses(): string[] {
+  return Object.values(networkInterfaces()).flatMap((list) => (list ?? []).map(({ address }) => address))
+}
