@@ -24,7 +24,8 @@ export async function findTool(program: string, debianPackage: string): Promise<
   if (!existsSync(folder)) await unpack(debianPackage, folder)
   const file = ['usr/sbin', 'usr/bin', 'sbin', 'bin'].map((sub) => path.join(folder, sub, program)).find((candidate) => existsSync(candidate))
   if (file === undefined) throw new Error(`${debianPackage} holds no program ${program}`)
-  return { file, env: { LD_LIBRARY_PATH: await libraryPath(folder) } }
+  const libraries = await libraryPath(folder)
+  return { file, env: libraries === '' ? {} : { LD_LIBRARY_PATH: libraries } }
 }
 
 async function unpack(debianPackage: string, folder: string): Promise<void> {

@@ -88,12 +88,14 @@ export function accepts(port: number): () => Promise<boolean> {
   })
 }
 
-/** Things to undo, newest first. One that fails does not keep the others. */
+/** Things to undo, newest first. One that fails does not keep the others; what comes after the end is undone at once. */
 export class Cleanups {
   readonly #undo: (() => Promise<void>)[] = []
+  #over = false
 
   add(undo: () => Promise<void>): void {
     this.#undo.push(undo)
+    if (this.#over) void this.run()
   }
 
   /** Starts a program that ends with the others. */
@@ -105,6 +107,7 @@ export class Cleanups {
 
   /** @throws AggregateError with everything that could not be undone */
   async run(): Promise<void> {
+    this.#over = true
     const errors: unknown[] = []
     for (let undo = this.#undo.pop(); undo !== undefined; undo = this.#undo.pop()) await undo().catch((error: unknown) => errors.push(error))
     if (errors.length > 0) throw new AggregateError(errors, 'the bench could not clean up')

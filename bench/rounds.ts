@@ -2,6 +2,7 @@
  * Interleaved rounds: every contender runs once in each round, so that a machine that slows down slows all of them. A ratio is taken within
  * its round and the median of the rounds is quoted; absolute numbers from a shared machine are only there to give an idea.
  */
+import type { Cleanups } from './program.ts'
 
 /** What one contender did in one round, by measure. */
 export type Sample = Readonly<Record<string, number>>
@@ -33,12 +34,13 @@ export type Load = {
   readonly goals: readonly Goal[]
 }
 
-/** Programs that stand ready to be measured. `stop` removes everything that `start` made, also after a failure. */
-export type Arena = { readonly loads: readonly Load[]; readonly notes: readonly string[]; stop(): Promise<void> }
+/** Programs that stand ready to be measured. */
+export type Arena = { readonly loads: readonly Load[]; readonly notes: readonly string[] }
 
 /** `seconds` is the length of one timed round; `rounds` replaces each load's own number when given. */
 export type Effort = { readonly seconds: number; readonly rounds?: number }
-export type Target = { readonly title: string; start(effort: Effort): Promise<Arena> }
+/** `start` notes in `cleanups` how to undo each thing as it makes it; the caller runs them whatever happens. */
+export type Target = { readonly title: string; start(effort: Effort, cleanups: Cleanups): Promise<Arena> }
 
 export type Figure = { readonly median: number; readonly ratio: number; readonly lowest: number; readonly highest: number }
 export type Result = { readonly load: Load; readonly rounds: number; readonly figures: ReadonlyMap<string, ReadonlyMap<string, Figure>> }

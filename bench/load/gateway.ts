@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import path from 'node:path'
 import { atRate, saturate, type HttpLoad } from '../http-load.ts'
 import { startNginx } from '../peers/nginx.ts'
-import { accepts, Cleanups, freePort, type Program } from '../program.ts'
+import { accepts, freePort, type Cleanups, type Program } from '../program.ts'
 import type { Arena, Effort, Load, Measure, Target } from '../rounds.ts'
 
 const connections = 32
@@ -17,20 +17,9 @@ const secureToken = 'a-token-that-only-the-bench-knows'
 
 type Proxy = { readonly program: Program; readonly port: number; readonly headers: readonly string[] }
 
-export const gateway: Target = {
-  title: 'Gateway: HTTP through the proxy',
-  async start(effort) {
-    const cleanups = new Cleanups()
-    try {
-      return await buildArena(effort, cleanups)
-    } catch (error) {
-      await cleanups.run()
-      throw error
-    }
-  },
-}
+export const gateway: Target = { title: 'Gateway: HTTP through the proxy', start }
 
-async function buildArena({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
+async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
   const backendPort = await freePort()
   await startNode(cleanups, path.join(peers, 'http-backend.ts'), [backendPort], backendPort)
   const proxies = {
@@ -47,9 +36,9 @@ async function buildArena({ seconds }: Effort, cleanups: Cleanups): Promise<Aren
   const contenders = (names: readonly (keyof typeof proxies)[], run: (name: keyof typeof proxies) => ReturnType<typeof saturate>): Load['contenders'] =>
     Object.fromEntries(names.map((name) => [name, () => run(name)]))
 
-  // The first run of each also compiles its hot code.
+  // The first runs also compile the hot code.
   const names = Object.keys(proxies) as (keyof typeof proxies)[]
-  for (const name of names) await saturate(load(name, '/', connections))
+  for (let run = 0; run < 2; run++) for (const name of names) await saturate(load(name, '/', connections))
   const saturation = (await saturate(load('nginx', '/', connections))).throughput!
   const rate = Math.round(saturation / 6)
 
@@ -75,7 +64,6 @@ async function buildArena({ seconds }: Effort, cleanups: Cleanups): Promise<Aren
       'nginx: one worker, upstream keep-alive, access log off, buffers that hold a whole body. Gateway: one worker, header mode, static routes, metrics and access log on.',
       'CPU is user and system time of the proxy and its children, divided by the requests of the round. The load generator, the backend and the proxy share the processors.',
     ],
-    stop: () => cleanups.run(),
   }
 }
 
@@ -107,7 +95,7 @@ async function startGateway(cleanups: Cleanups, backendPort: number, secured: bo
   const routes = path.join(folder, 'routes.json')
   await writeFile(routes, JSON.stringify({ sandboxes: [{ id: 'bench', host: '127.0.0.1', ...(secured ? { secureAccessToken: secureToken } : {}) }] }))
   const port = await freePort()
-  const program = await startNode(cleanups, gatewayMain, ['--port', port, '--mode', 'header', '--provider', 'static', '--routes', routes, '--allow-loopback-upstreams'], port)
+  const program = await startNode(cleanups, gatewayMain, ['--port', port, '--mode', 'header', '--provider', 'static', '--routes', routes, '--allow-loopback-upstreams', '--admin-port', 0, '--access-log', path.join(folder, 'access.log')], port)
   return { program, port, headers: [`OpenSandbox-Ingress-To: bench-${backendPort}`, ...(secured ? [`OpenSandbox-Secure-Access: ${secureToken}`] : [])] }
 }
 

@@ -1,0 +1,38 @@
+/** Finding the sandbox of a request must not cost more with 100,000 routes than with 10. */
+import { Locator } from '../gateway/locate.ts'
+import { RouteTable } from '../gateway/routes.ts'
+import type { Micro } from './micro.ts'
+
+const few = tableOf(10)
+const many = tableOf(100_000)
+const domain = 'sandbox.example'
+const header = { few: new Locator({ mode: 'header', baseDomain: '' }, few), many: new Locator({ mode: 'header', baseDomain: '' }, many) }
+const wildcard = new Locator({ mode: 'wildcard', baseDomain: domain }, many)
+const uri = new Locator({ mode: 'uri', baseDomain: '' }, many)
+const withoutHeaders = headNaming(undefined)
+const one = headNaming('sandbox5-8080')
+/** More tokens than the gateway remembers parsed, so that most are parsed anew. */
+const spread = Array.from({ length: 65_536 }, (_, index) => headNaming(`sandbox${(index * 7919) % 100_000}-8080`))
+let turn = 0
+
+export const bench: Micro = {
+  title: 'locate',
+  cases: {
+    'header, the same of 10 routes': () => header.few.locate(one, undefined, '/a/path?query'),
+    'header, the same of 100,000 routes': () => header.many.locate(one, undefined, '/a/path?query'),
+    'header, always another of 100,000 routes': () => header.many.locate(spread[turn++ & 0xffff]!, undefined, '/a/path?query'),
+    'wildcard, the same of 100,000 routes': () => wildcard.locate(withoutHeaders, `sandbox5-8080.${domain}`, '/a/path?query'),
+    'uri, the same of 100,000 routes': () => uri.locate(withoutHeaders, undefined, '/sandbox5/8080/a/path?query'),
+    'header, no such sandbox': () => header.many.locate(headNaming('nobody-8080'), undefined, '/'),
+  },
+}
+
+function tableOf(count: number): RouteTable {
+  const table = new RouteTable(() => false)
+  for (let index = 0; index < count; index++) table.put({ id: `sandbox${index}`, host: `10.${index >> 16}.${(index >> 8) & 255}.${index & 255}`, state: 'Running', lifecycle: `life${index}` })
+  return table
+}
+
+function headNaming(token: string | undefined): Parameters<Locator['locate']>[0] {
+  return { ingressTo: token, deprecatedIngressTo: undefined } as Parameters<Locator['locate']>[0]
+}

@@ -1,0 +1,38 @@
+/** Times one function: many calls a batch, several batches, the median batch is quoted. */
+import { formatTable } from './report.ts'
+import { median } from './rounds.ts'
+
+/** Each case does one operation a call and returns something of it, so that the work cannot be optimised away. */
+export type Micro = { readonly title: string; readonly cases: Readonly<Record<string, () => unknown>> }
+export type MicroResult = { readonly title: string; readonly nanoseconds: ReadonlyMap<string, number> }
+
+const batches = 9
+const batchNanoseconds = 20_000_000
+
+/** Cases take turns, batch by batch, so that a slow moment hits all of them. */
+export function runMicro({ title, cases }: Micro): MicroResult {
+  const entries = Object.entries(cases).map(([name, work]) => ({ name, work, calls: callsFor(work), times: [] as number[] }))
+  for (let batch = 0; batch < batches; batch++) for (const { work, calls, times } of entries) times.push(timeBatch(work, calls) / calls)
+  return { title, nanoseconds: new Map(entries.map(({ name, times }) => [name, median(times)])) }
+}
+
+export function formatMicro({ title, nanoseconds }: MicroResult): string {
+  return [`## ${title}`, '', formatTable([['', 'ns a call'], ...[...nanoseconds].map(([name, time]) => [name, time.toFixed(0)])]), ''].join('\n')
+}
+
+/** Doubles the calls until a batch is long enough to be timed; warms the code up on the way. */
+function callsFor(work: () => unknown): number {
+  let calls = 64
+  while (timeBatch(work, calls) < batchNanoseconds) calls *= 2
+  return calls
+}
+
+let sink: unknown
+
+function timeBatch(work: () => unknown, calls: number): number {
+  const begin = process.hrtime.bigint()
+  for (let call = 0; call < calls; call++) sink = work()
+  const time = Number(process.hrtime.bigint() - begin)
+  if (sink === timeBatch) throw new Error('never true, but the compiler cannot know')
+  return time
+}
