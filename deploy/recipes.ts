@@ -43,7 +43,8 @@ export const recipes: Readonly<Record<ImageName, Recipe>> = {
     bundle: 'app.mjs',
   },
   egress: {
-    packages: [...minimal, 'nftables', 'iptables'],
+    // ncurses-base: without a terminal description `nft -i` complains on stderr, where its errors are read.
+    packages: [...minimal, 'ncurses-base', 'nftables', 'iptables'],
     links: iptablesLinks,
     entry: 'egress-sidecar/main.ts',
     bundle: 'egress.mjs',
