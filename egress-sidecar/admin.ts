@@ -1,0 +1,125 @@
+/** The policy API: a few routes on node:http behind one table (a framework would cost every sandbox 6 to 11 MB). */
+import { createServer, type IncomingMessage, type Server } from 'node:http'
+import { once } from 'node:events'
+import type { AddressInfo } from 'node:net'
+import { equalSecret } from '#policies/access.ts'
+import { headerNames } from '#policies/wire.ts'
+import { PolicyRefusal, type Change, type PolicyKeeper } from './policy-keeper.ts'
+
+export type AdminDeps = {
+  readonly keeper: () => PolicyKeeper | null
+  /** Empty: no check. */
+  readonly token: string
+  readonly enforcementMode: 'dns' | 'dns+nft'
+  /** Why the sidecar is not ready; empty when it enforces. */
+  readonly unready: () => string
+  readonly changed: (change: Change) => void
+  readonly refused: (refusal: PolicyRefusal) => void
+}
+
+export type Admin = { readonly port: number; close(): Promise<void> }
+
+type Response = { readonly status: number; readonly body: string; readonly headers?: Readonly<Record<string, string>> }
+type Route = { readonly auth: boolean; readonly methods: Readonly<Record<string, (request: IncomingMessage) => Response | Promise<Response>>> }
+
+const maxBodyBytes = 1 << 20
+const limits = { requestTimeout: 10_000, headersTimeout: 5000, keepAliveTimeout: 5000, connections: 128 } as const
+const dnsOnlyWarning = 'mode dns filters names only: connections to addresses are not restricted'
+
+/** @throws when the address is taken */
+export async function listenAdmin({ host, port }: { host: string; port: number }, deps: AdminDeps): Promise<Admin> {
+  const routes = routeTable(deps)
+  const server: Server = createServer({ requestTimeout: limits.requestTimeout, headersTimeout: limits.headersTimeout, keepAliveTimeout: limits.keepAliveTimeout, maxHeaderSize: 16_384 }, (request, response) => {
+    void respond(request, routes, deps).then(({ status, body, headers = {} }) => {
+      if (response.destroyed) return
+      response.writeHead(status, { 'content-length': Buffer.byteLength(body), ...headers })
+      response.end(request.method === 'HEAD' ? '' : body)
+    })
+  })
+  server.maxConnections = limits.connections
+  server.listen(host === '' ? { port } : { port, host })
+  await once(server, 'listening')
+  return {
+    port: (server.address() as AddressInfo).port,
+    async close() {
+      server.closeAllConnections()
+      server.close()
+    },
+  }
+}
+
+function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
+  const change = (method: 'put' | 'patch' | 'remove') => async (request: IncomingMessage): Promise<Response> => {
+    const body = await readBody(request)
+    const keeper = deps.keeper()
+    if (keeper === null) return fail(503, 'not ready')
+    try {
+      const done = await keeper[method](body)
+      deps.changed(done)
+      return policyAnswer(done, done.reason === 'policy reset to default deny-all' ? {} : { enforcementMode: deps.enforcementMode }, deps)
+    } catch (error) {
+      const refusal = error instanceof PolicyRefusal ? error : new PolicyRefusal(500, 'internal error', { cause: error })
+      deps.refused(refusal)
+      return fail(refusal.status, refusal.message)
+    }
+  }
+  const get = (): Response => {
+    const keeper = deps.keeper()
+    if (keeper === null) return fail(503, 'not ready')
+    const { egress, defaultAction } = keeper.policy
+    return policyAnswer({ policy: keeper.policy, rules: [] }, { enforcementMode: deps.enforcementMode }, deps, { policy: { egress, defaultAction } })
+  }
+  const health = (): Response => (deps.unready() === '' ? { status: 200, body: 'ok', headers: plain } : fail(503, deps.unready()))
+  return new Map<string, Route>([
+    ['/policy', { auth: true, methods: { GET: get, POST: change('put'), PUT: change('put'), PATCH: change('patch'), DELETE: change('remove') } }],
+    ['/healthz', { auth: false, methods: { '*': health } }],
+  ])
+}
+
+async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Route>, deps: AdminDeps): Promise<Response> {
+  const path = (request.url ?? '').split('?', 1)[0] as string
+  const route = routes.get(path)
+  if (route === undefined) return fail(404, '404 page not found')
+  if (route.auth) {
+    // No page that a browser shows has business here, whatever tokens the browser keeps.
+    if (request.headers.origin !== undefined || !['none', 'same-origin', undefined].includes(request.headers['sec-fetch-site'] as string | undefined)) return fail(403, 'forbidden')
+    const given = request.headers[headerNames.egressAuth]
+    if (deps.token !== '' && !(typeof given === 'string' && equalSecret(given, deps.token))) return fail(401, 'unauthorized')
+  }
+  const work = route.methods[request.method ?? ''] ?? route.methods['*']
+  if (work === undefined) return fail(405, 'method not allowed', { allow: Object.keys(route.methods).join(', ') })
+  try {
+    return await work(request)
+  } catch (error) {
+    return error instanceof PolicyRefusal ? fail(error.status, error.message, { connection: 'close' }) : fail(400, 'request body could not be read')
+  }
+}
+
+/** The whole body as text. @throws PolicyRefusal 413 when it is too long */
+async function readBody(request: IncomingMessage): Promise<string> {
+  const parts: Buffer[] = []
+  let length = 0
+  for await (const part of request as AsyncIterable<Buffer>) {
+    length += part.length
+    if (length > maxBodyBytes) throw new PolicyRefusal(413, `request body exceeds ${maxBodyBytes} bytes`)
+    parts.push(part)
+  }
+  return Buffer.concat(parts).toString('utf8')
+}
+
+/** Key order is the original's: status, mode, enforcementMode, reason, policy. */
+function policyAnswer({ policy, reason }: Change, mode: { enforcementMode?: string }, deps: AdminDeps, more: object = {}): Response {
+  const described = policy.egress.length > 0 ? 'enforcing' : policy.defaultAction === 'allow' ? 'allow_all' : 'deny_all'
+  const warning = deps.enforcementMode === 'dns' ? { warning: dnsOnlyWarning } : {}
+  return json({ status: 'ok', mode: described, ...mode, ...(reason === undefined ? {} : { reason }), ...more, ...warning })
+}
+
+function json(value: unknown): Response {
+  return { status: 200, body: `${JSON.stringify(value)}\n`, headers: { 'content-type': 'application/json' } }
+}
+
+const plain = { 'content-type': 'text/plain; charset=utf-8', 'x-content-type-options': 'nosniff' } as const
+
+function fail(status: number, text: string, headers: Readonly<Record<string, string>> = {}): Response {
+  return { status, body: `${text}\n`, headers: { ...plain, ...headers } }
+}

@@ -1,0 +1,115 @@
+/**
+ * What the sidecar proves to itself before it says "ready": the rules are in the kernel, port 53 of any address ends at our
+ * listener, our own way out is not open to everywhere, and our own questions do not come back to us.
+ * That another process of the namespace is not exempt cannot be seen from in here; the server proves that with a probe container.
+ */
+import { randomBytes } from 'node:crypto'
+import { createSocket } from 'node:dgram'
+import { connect } from 'node:net'
+import type { Nft } from './nft.ts'
+import { dnsPort, listStatement } from './ruleset.ts'
+
+/** Questions seen by the listener while the checks run; answered with an empty reply. */
+export type Probe = {
+  /** Lower-case names that arrived. */
+  readonly seen: ReadonlySet<string>
+}
+
+export type CheckInput = {
+  readonly nft: Nft
+  readonly filter: boolean
+  readonly denyByDefault: boolean
+  readonly probe: Probe
+  /** Sends one question by the exempt sockets; resolves when it was answered or given up. */
+  readonly askUpstream: (query: Buffer, questionEnd: number) => Promise<unknown>
+}
+
+/** IPv4 dummy address (RFC 7600, 192.0.0.8): routed like any other, but nobody's. */
+const nobody = '192.0.0.8'
+const loopback = '127.0.0.53'
+const waitMs = 1000
+/** A redirected packet is back within a millisecond; an upstream's answer may take longer, and is not waited for. */
+const loopMs = 30
+
+/** All reasons why the namespace is not protected; empty when it is. */
+export async function failedChecks(input: CheckInput): Promise<string[]> {
+  const [rules, redirect, elsewhere, loop] = await Promise.all([rulesPresent(input), redirectAnswers(), refusedElsewhere(input), noLoop(input)])
+  return [rules, redirect, elsewhere, loop].filter((problem) => problem !== null)
+}
+
+async function rulesPresent({ nft, filter, denyByDefault }: CheckInput): Promise<string | null> {
+  const listing = await nft.apply([listStatement])
+  const nat = chainOf(listing, 'nat')
+  const egress = chainOf(listing, 'egress')
+  const policy = filter && denyByDefault ? 'drop' : 'accept'
+  const redirects = nat.startsWith('type nat hook output priority -110;') && nat.endsWith(`redirect to :${dnsPort}`)
+  const filters = egress.startsWith(`type filter hook output priority filter; policy ${policy};`) && (policy === 'accept' || egress.endsWith('goto denied'))
+  return redirects && filters ? null : 'the rules are not in the kernel as they were written'
+}
+
+/** The lines of a chain in nft's listing. */
+function chainOf(listing: string, name: string): string {
+  const start = listing.indexOf(`\tchain ${name} {\n`)
+  return start === -1 ? '' : listing.slice(listing.indexOf('\n', start), listing.indexOf('\n\t}', start)).trim()
+}
+
+/** A question to an address that is not ours must be answered: by us. */
+async function redirectAnswers(): Promise<string | null> {
+  for (const address of [nobody, loopback]) {
+    const outcome = await questionTo(address)
+    if (outcome === 'answered') return null
+    if (outcome === 'silence') break
+  }
+  return 'port 53 is not redirected to the sidecar'
+}
+
+function questionTo(address: string): Promise<'answered' | 'silence' | 'unroutable'> {
+  return new Promise((resolve) => {
+    const socket = createSocket('udp4')
+    const timer = setTimeout(() => end('silence'), waitMs)
+    const end = (outcome: 'answered' | 'silence' | 'unroutable'): void => {
+      clearTimeout(timer)
+      socket.close()
+      resolve(outcome)
+    }
+    socket.once('message', () => end('answered'))
+    socket.once('error', () => end('unroutable'))
+    socket.send(probeQuestion().query, 53, address, (error) => {
+      if (error !== null) end('unroutable')
+    })
+  })
+}
+
+/** Under default deny any place, under default allow a place that no policy opens (DNS over TLS). */
+function refusedElsewhere({ filter, denyByDefault }: CheckInput): Promise<string | null> {
+  if (!filter) return Promise.resolve(null)
+  const port = denyByDefault ? 443 : 853
+  return new Promise((resolve) => {
+    const socket = connect({ host: nobody, port })
+    const timer = setTimeout(() => end(`a connection to a place nobody allowed (port ${port}) was not refused`), waitMs)
+    const end = (problem: string | null): void => {
+      clearTimeout(timer)
+      socket.destroy()
+      resolve(problem)
+    }
+    socket.once('connect', () => end('the sidecar itself can connect to anywhere'))
+    socket.once('error', () => end(null))
+  })
+}
+
+async function noLoop({ probe, askUpstream }: CheckInput): Promise<string | null> {
+  const { name, query } = probeQuestion()
+  await Promise.race([askUpstream(query, query.length), new Promise((resolve) => setTimeout(resolve, loopMs))])
+  return probe.seen.has(name) ? "the sidecar's own questions come back to it: the exemption has no effect" : null
+}
+
+/** A question for a name that does not exist (RFC 6761 6.4), different each time. */
+function probeQuestion(): { name: string; query: Buffer } {
+  const label = randomBytes(8).toString('hex')
+  const head = Buffer.alloc(12)
+  randomBytes(2).copy(head)
+  head.writeUInt16BE(0x0100, 2)
+  head.writeUInt16BE(1, 4)
+  const query = Buffer.concat([head, Buffer.from(`\x10${label}\x07invalid\0\0\x01\0\x01`, 'latin1')])
+  return { name: `${label}.invalid`, query }
+}

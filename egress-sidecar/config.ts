@@ -1,0 +1,178 @@
+/** The sidecar's configuration: environment variables, named as the original names them, to one checked value. */
+import { readFileSync } from 'node:fs'
+import Type, { type Static } from 'typebox'
+import { canonicalAddress, readNetwork } from '#policies/address.ts'
+import { checkConfig, ConfigError } from '#policies/config.ts'
+import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
+import type { Problem } from '#policies/problem.ts'
+import type { Upstream } from './ruleset.ts'
+
+const prefix = 'OPENSANDBOX_EGRESS_'
+
+const ConfigSchema = Type.Object({
+  mode: Type.Union([Type.Literal('dns+nft'), Type.Literal('dns')], { default: 'dns+nft', description: 'dns+nft filters names and addresses; dns filters names only' }),
+  policyFile: Type.String({ default: '', description: 'policy document; wins over RULES, every change is written back' }),
+  token: Type.String({ default: '', description: 'what the header OPENSANDBOX-EGRESS-AUTH must hold; empty means no check' }),
+  maxRules: Type.Integer({ default: 4096, minimum: 0, description: 'rules a policy may have; 0 means any number' }),
+  logLevel: Type.Union([Type.Literal('debug'), Type.Literal('info'), Type.Literal('warn'), Type.Literal('error'), Type.Literal('fatal')], { default: 'info' }),
+  logOutput: Type.String({ default: 'stdout', description: 'comma list of stdout, stderr and files' }),
+  sandboxId: Type.String({ default: '', description: 'sandbox_id of every log line' }),
+  denyWebhook: Type.String({ default: '', description: 'URL that hears of denied names' }),
+  upstreamTimeoutSeconds: Type.Integer({ default: 5, minimum: 1, maximum: 120 }),
+  blockDoh: Type.Boolean({ default: false, description: 'refuse port 443 of the DoH block list, or everywhere when the list is empty' }),
+  exemption: Type.Union([Type.Literal('auto'), Type.Literal('cgroup'), Type.Literal('ports')], { default: 'auto', description: "how the kernel knows the sidecar's own packets" }),
+})
+
+export type Config = Static<typeof ConfigSchema> & {
+  readonly rules: NetworkPolicy
+  readonly http: { readonly host: string; readonly port: number }
+  readonly upstreams: readonly Upstream[]
+  /** Resolvers the sandbox may ask unfiltered. */
+  readonly openResolvers: readonly string[]
+  readonly dohAddresses: readonly string[]
+}
+
+type Environment = Readonly<Record<string, string | undefined>>
+
+/** @throws ConfigError with every problem at once */
+export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): Config {
+  const text = (name: string): string => env[prefix + name] ?? ''
+  const problems: Problem[] = []
+  const keep = <T>(read: () => T, fallback: T): T => {
+    try {
+      return read()
+    } catch (error) {
+      problems.push(...(error as ConfigError).problems)
+      return fallback
+    }
+  }
+  const raw = {
+    ...given('mode', readMode(text('MODE'))),
+    policyFile: text('POLICY_FILE').trim(),
+    token: text('TOKEN'),
+    ...given('maxRules', lenientInteger(text('MAX_RULES'), 0, Infinity)),
+    ...given('logLevel', lenientLevel(text('LOG_LEVEL'))),
+    ...given('logOutput', (env['OPENSANDBOX_LOG_OUTPUT'] ?? '').trim()),
+    sandboxId: text('SANDBOX_ID'),
+    denyWebhook: text('DENY_WEBHOOK').trim(),
+    ...given('upstreamTimeoutSeconds', lenientInteger(text('DNS_UPSTREAM_TIMEOUT'), 1, 120)),
+    blockDoh: truthy(text('BLOCK_DOH_443')),
+    ...given('exemption', text('EXEMPTION').trim().toLowerCase()),
+  }
+  const base = keep(() => checkConfig(ConfigSchema, raw), checkConfig(ConfigSchema, {}))
+  const config: Config = {
+    ...base,
+    rules: keep(() => readRules(text('RULES')), { defaultAction: 'deny', egress: [] }),
+    http: keep(() => readListenAddress(text('HTTP_ADDR').trim() || ':18080'), { host: '', port: 0 }),
+    upstreams: keep(() => readUpstreams(text('DNS_UPSTREAM'), resolvConf), []),
+    openResolvers: unique(list(text('NAMESERVER_EXEMPT')).flatMap((item) => canonicalAddress(item) ?? [])),
+    dohAddresses: unique(list(text('DOH_BLOCKLIST')).filter((item) => readNetwork(item) !== null)),
+  }
+  if (problems.length > 0) throw new ConfigError(problems)
+  return Object.freeze(config)
+}
+
+/** Absent, so that the schema's default holds. */
+function given(key: string, value: unknown): Record<string, unknown> {
+  return value === undefined || value === '' ? {} : { [key]: value }
+}
+
+function list(text: string): string[] {
+  return text.split(',').map((item) => item.trim()).filter((item) => item !== '')
+}
+
+function unique(items: readonly string[]): string[] {
+  return [...new Set(items)]
+}
+
+function truthy(text: string): boolean {
+  return ['1', 'true', 'yes', 'y', 'on'].includes(text.trim().toLowerCase())
+}
+
+/** Numbers of the original fall back to their default when they make no sense; a larger one than allowed is cut. */
+function lenientInteger(text: string, least: number, most: number): number | undefined {
+  const value = /^[+-]?\d+$/.test(text.trim()) ? Number(text) : NaN
+  return value >= least ? Math.min(value, most) : undefined
+}
+
+function lenientLevel(text: string): string | undefined {
+  const level = text.trim().toLowerCase()
+  if (level === 'warning') return 'warn'
+  return ['debug', 'info', 'warn', 'error', 'fatal'].includes(level) ? level : undefined
+}
+
+/** Tokens joined by `+` in any order. Anything unknown stays as it is and is refused by the schema: a typing error must not weaken the mode. */
+function readMode(text: string): string | undefined {
+  const tokens = text.toLowerCase().split('+').map((token) => token.trim()).filter((token) => token !== '')
+  if (tokens.length === 0) return text.trim() === '' ? undefined : text
+  if (!tokens.includes('dns') || tokens.some((token) => token !== 'dns' && token !== 'nft')) return text
+  return tokens.includes('nft') ? 'dns+nft' : 'dns'
+}
+
+function readRules(text: string): NetworkPolicy {
+  const path = `${prefix}RULES`
+  let value: unknown = null
+  try {
+    if (text.trim() !== '') value = JSON.parse(text)
+  } catch (error) {
+    throw new ConfigError([{ path, reason: (error as Error).message }])
+  }
+  const read = readNetworkPolicy(value, path)
+  if (!read.ok) throw new ConfigError(read.problems)
+  return read.policy
+}
+
+/** `:18080`, `127.0.0.1:18080`, `[::1]:18080`; without a host all addresses. */
+function readListenAddress(text: string): { host: string; port: number } {
+  const match = /^(?:\[([^\]]*)\]|([^:]*)):(\d{1,5})$/.exec(text)
+  const host = match?.[1] ?? match?.[2] ?? ''
+  const port = Number(match?.[3])
+  if (match === null || port > 65535 || (host !== '' && canonicalAddress(host) === null)) throw new ConfigError([{ path: `${prefix}HTTP_ADDR`, reason: `${JSON.stringify(text)} is not [address]:port` }])
+  return { host, port }
+}
+
+const maxResolvConf = 10
+const dockerResolver = '127.0.0.11'
+/** As the original does where nothing at all is configured. */
+const lastResort: Upstream = { address: '8.8.8.8', port: 53 }
+
+/** Literal addresses from the environment, else those of resolv.conf that can be reached from a namespace of our own. */
+function readUpstreams(text: string, resolvConf: string): Upstream[] {
+  const path = `${prefix}DNS_UPSTREAM`
+  if (text.trim() !== '') {
+    const problems: Problem[] = []
+    const upstreams = list(text).flatMap((item) => {
+      const upstream = readUpstream(item)
+      if (upstream === null) problems.push({ path, reason: `${JSON.stringify(item)} is not an IP address with an optional port` })
+      else if (upstream.address === dockerResolver) problems.push({ path, reason: `${dockerResolver} would send every question back to the sidecar: name the resolver behind it` })
+      return upstream ?? []
+    })
+    if (upstreams.length === 0 && problems.length === 0) problems.push({ path, reason: 'names no resolver' })
+    if (problems.length > 0) throw new ConfigError(problems)
+    return upstreams
+  }
+  const listed = nameservers(resolvConf)
+  const usable = listed.filter((address) => !address.startsWith('127.') && address !== '::1' && address !== '0.0.0.0' && address !== '::').slice(0, maxResolvConf)
+  if (listed.length > 0 && usable.length === 0) throw new ConfigError([{ path, reason: `is needed: ${resolvConf} names only resolvers on the loopback (${listed.join(', ')})` }])
+  return usable.length === 0 ? [lastResort] : usable.map((address) => ({ address, port: 53 }))
+}
+
+function nameservers(resolvConf: string): string[] {
+  let text = ''
+  try {
+    text = readFileSync(resolvConf, 'utf8')
+  } catch {
+    return []
+  }
+  return unique(text.split('\n').flatMap((line) => canonicalAddress(/^\s*nameserver\s+(\S+)/.exec(line)?.[1] ?? '') ?? []))
+}
+
+/** `198.51.100.53`, `198.51.100.53:5353`, `2001:db8::1`, `[2001:db8::1]:5353`. */
+function readUpstream(text: string): Upstream | null {
+  const bare = canonicalAddress(text)
+  if (bare !== null) return { address: bare, port: 53 }
+  const match = /^(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?$/.exec(text)
+  const address = canonicalAddress(match?.[1] ?? match?.[2] ?? '')
+  const port = Number(match?.[3] ?? 53)
+  return address === null || port < 1 || port > 65535 ? null : { address, port }
+}

@@ -1,0 +1,122 @@
+/** The sandbox's side of DNS: UDP and TCP on the loopback addresses, where port 53 of the namespace is redirected to. */
+import { createSocket, type Socket } from 'node:dgram'
+import { once } from 'node:events'
+import { createServer, type Server, type Socket as TcpSocket } from 'node:net'
+import type { Transport } from './answer.ts'
+
+/** The reply to one message, or null for none. */
+export type Handler = (message: Buffer, transport: Transport) => Promise<Buffer | null>
+
+export type DnsListener = {
+  readonly port: number
+  close(): Promise<void>
+}
+
+/** The sandbox is the only client: a flood harms nobody but itself as long as these hold. */
+const limits = {
+  /** Datagrams being answered at a time; more are dropped, as by any full socket. */
+  udpPending: 4096,
+  tcpConnections: 64,
+  tcpMessages: 128,
+  /** RFC 7766 6.2.3 leaves the value open; the original waited 8 s. */
+  tcpIdleMs: 8000,
+} as const
+
+// node:dgram would look every reply's address up, even one that is an IP address.
+const noLookup = (address: string, _options: unknown, callback: (error: null, address: string, family: number) => void): void => callback(null, address, address.includes(':') ? 6 : 4)
+
+/** Listens on every address at one port (0: the first one's choice). @throws when one is taken */
+export async function listenDns(addresses: readonly string[], wantedPort: number, handler: Handler): Promise<DnsListener> {
+  const open: { close(): unknown }[] = []
+  let port = wantedPort
+  try {
+    for (const address of addresses) {
+      const udp = await listenUdp(address, port, handler)
+      open.push(udp)
+      port = udp.address().port
+      open.push(await listenTcp(address, port, handler))
+    }
+  } catch (error) {
+    for (const listener of open) listener.close()
+    throw error
+  }
+  return {
+    port,
+    async close() {
+      for (const listener of open) listener.close()
+    },
+  }
+}
+
+async function listenUdp(address: string, port: number, handler: Handler): Promise<Socket> {
+  const socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup as never, recvBufferSize: 1 << 20 })
+  let pending = 0
+  let closed = false
+  socket.on('close', () => (closed = true))
+  socket.on('message', (message, peer) => {
+    if (pending >= limits.udpPending) return
+    pending++
+    void handler(message, 'udp').then((reply) => {
+      pending--
+      // A client that has gone is not our error.
+      if (reply !== null && !closed) socket.send(reply, peer.port, peer.address, () => undefined)
+    })
+  })
+  const listening = once(socket, 'listening')
+  socket.bind({ address, port, exclusive: true })
+  await listening
+  socket.on('error', () => undefined)
+  return socket
+}
+
+async function listenTcp(address: string, port: number, handler: Handler): Promise<{ close(): void }> {
+  const sockets = new Set<TcpSocket>()
+  const server: Server = createServer((socket) => {
+    sockets.add(socket)
+    socket.on('close', () => sockets.delete(socket))
+    serveTcp(socket, handler)
+  })
+  server.maxConnections = limits.tcpConnections
+  server.listen({ host: address, port, exclusive: true })
+  await once(server, 'listening')
+  return {
+    close() {
+      server.close()
+      for (const socket of sockets) socket.destroy()
+    },
+  }
+}
+
+/** Two bytes of length before each message (RFC 1035 4.2.2). One message at a time: the next is read when its reply is written. */
+function serveTcp(socket: TcpSocket, handler: Handler): void {
+  let received = Buffer.alloc(0)
+  let served = 0
+  let busy = false
+  socket.setTimeout(limits.tcpIdleMs, () => socket.destroy())
+  socket.on('error', () => socket.destroy())
+  socket.on('data', (chunk) => {
+    received = received.length === 0 ? chunk : Buffer.concat([received, chunk])
+    void work()
+  })
+
+  async function work(): Promise<void> {
+    if (busy) return
+    busy = true
+    while (!socket.destroyed && received.length >= 2 && received.length >= 2 + received.readUInt16BE(0)) {
+      socket.pause()
+      const end = 2 + received.readUInt16BE(0)
+      const reply = await handler(Buffer.from(received.subarray(2, end)), 'tcp')
+      received = received.subarray(end)
+      if (reply === null || ++served > limits.tcpMessages) socket.destroy()
+      else socket.write(Buffer.concat([lengthOf(reply), reply]))
+    }
+    busy = false
+    if (!socket.destroyed) socket.resume()
+  }
+}
+
+function lengthOf(reply: Buffer): Buffer {
+  const length = Buffer.alloc(2)
+  length.writeUInt16BE(reply.length, 0)
+  return length
+}

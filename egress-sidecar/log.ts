@@ -1,0 +1,51 @@
+/** Log lines with the original's keys: level, ts, logger, msg, sandbox_id and the event's own. */
+import { pino, multistream, destination, type Level, type StreamEntry } from 'pino'
+import type { Outcome } from './answer.ts'
+import { recordTypes } from './packet.ts'
+
+export type Log = {
+  event(level: Level, event: string, message: string, fields?: object): void
+  outcome(outcome: Outcome): void
+  flush(): void
+}
+
+export type LogOptions = { readonly level: Level; readonly outputs: readonly string[]; readonly sandboxId: string }
+
+/** Lines for single questions per second; what is beyond is counted and told once. The sandbox decides how many questions there are. */
+const questionLinesPerSecond = 100
+
+export function createLog({ level, outputs, sandboxId }: LogOptions): Log {
+  const open = (output: string): ReturnType<typeof destination> => destination({ dest: output === 'stdout' ? 1 : output === 'stderr' ? 2 : output, sync: true, mkdir: true })
+  const streams = outputs.map((output): StreamEntry => ({ level, stream: open(output) }))
+  const base = { logger: 'opensandbox.egress', ...(sandboxId === '' ? {} : { sandbox_id: sandboxId }) }
+  const log = pino({ level, base, timestamp: () => `,"ts":"${new Date().toISOString()}"`, formatters: { level: (label) => ({ level: label }) } }, multistream(streams))
+  let second = 0
+  let lines = 0
+
+  function dropped(): boolean {
+    const now = Math.floor(Date.now() / 1000)
+    if (now !== second) {
+      if (lines > questionLinesPerSecond) log.warn({ 'opensandbox.event': 'egress.lines_dropped', dropped: lines - questionLinesPerSecond }, 'more questions than log lines')
+      second = now
+      lines = 0
+    }
+    return ++lines > questionLinesPerSecond
+  }
+
+  return {
+    event: (eventLevel, event, message, fields = {}) => log[eventLevel]({ 'opensandbox.event': event, ...fields }, message),
+    outcome({ question, verdict, result, addresses, took }) {
+      if (dropped()) return
+      const fields = { 'target.host': question.name ?? '(malformed)', qtype: typeName(question.type), took_ms: Math.round(took * 100) / 100 }
+      if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule }, 'egress denied')
+      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
+    },
+    flush: () => log.flush(),
+  }
+}
+
+const typeNames = new Map<number, string>(Object.entries(recordTypes).map(([name, type]) => [type, name.toUpperCase()]))
+
+function typeName(type: number): string {
+  return typeNames.get(type) ?? `TYPE${type}`
+}

@@ -1,0 +1,40 @@
+/** The egress sidecar: guards one sandbox's network namespace from inside. Configured by environment variables only (README.md). */
+import { ConfigError } from '#policies/config.ts'
+import { readConfig, type Config } from './config.ts'
+import { createLog } from './log.ts'
+import { createSidecar } from './sidecar.ts'
+
+const exitCodes = { failed: 1, usage: 64 } as const
+/** Whatever hangs at the end must not keep the container alive: its end is what closes the sandbox's network. */
+const closeTimeoutMs = 3000
+
+function readConfigOrExit(): Config {
+  try {
+    return readConfig(process.env)
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error
+    for (const { path, reason } of error.problems) process.stderr.write(`${path === '' ? '' : `${path}: `}${reason}\n`)
+    process.exit(exitCodes.usage)
+  }
+}
+
+const config = readConfigOrExit()
+const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(',').map((output) => output.trim()).filter((output) => output !== ''), sandboxId: config.sandboxId })
+const sidecar = createSidecar(config, log)
+
+function end(code: number): void {
+  setTimeout(() => process.exit(code), closeTimeoutMs).unref()
+  void sidecar.close().finally(() => process.exit(code))
+}
+for (const signal of ['SIGTERM', 'SIGINT'] as const) {
+  process.once(signal, () => {
+    log.event('info', 'egress.stopping', `stopping on ${signal}; the rules stay`)
+    end(0)
+  })
+}
+try {
+  await sidecar.start()
+} catch (error) {
+  log.event('fatal', 'egress.failed', (error as Error).message)
+  end(exitCodes.failed)
+}

@@ -1,0 +1,120 @@
+/**
+ * The only file that starts programs: one long-lived `nft -i` for every change of the firewall, and iptables for the one match
+ * that nft lacks. `nft -i` runs one transaction per line; a command that prints an empty chain marks its end.
+ */
+import { execa } from 'execa'
+
+/** Runs one transaction; resolves with what it printed once the kernel has it. */
+export type Nft = {
+  /** @throws NftError when nft refuses the transaction (nothing of it is applied then), dies or does not confirm in time */
+  apply(statements: readonly string[], timeoutMs?: number): Promise<string>
+  close(): void
+}
+
+export class NftError extends Error {
+  constructor(message: string) {
+    super(message)
+    this.name = 'NftError'
+  }
+}
+
+const defaultTimeoutMs = 5000
+/** nft keeps every line it ever read as history: 8 MB after 20,000. A fresh process costs 5 ms. */
+const linesPerProcess = 2000
+const marker = 'list chain inet opensandbox marker'
+/** What the marker prints. Our own commands never print a chain of this name otherwise. */
+const markerText = 'table inet opensandbox {\n\tchain marker {\n\t}\n}\n'
+const maxErrorText = 2000
+
+// HOME: nft would leave a history file there.
+const environment = { PATH: process.env['PATH'] ?? '/usr/sbin:/usr/bin:/sbin:/bin', HOME: '/nonexistent' }
+
+type Waiting = { readonly resolve: (text: string) => void; readonly reject: (error: Error) => void; readonly timer: NodeJS.Timeout }
+
+class NftProcess {
+  readonly #child
+  readonly #waiting: Waiting[] = []
+  #out = ''
+  #errors = ''
+  lines = 0
+  broken = false
+
+  constructor() {
+    this.#child = execa('nft', ['-i'], { buffer: false, reject: false, env: environment, extendEnv: false, stdin: 'pipe', cleanup: true })
+    this.#child.stdout.setEncoding('utf8').on('data', (text: string) => this.#read(text))
+    this.#child.stderr.setEncoding('utf8').on('data', (text: string) => { this.#errors = (this.#errors + text).slice(0, maxErrorText) })
+    this.#child.stdin.on('error', () => this.#end('nft does not read its commands'))
+    void this.#child.then((result) => this.#end(result.code === 'ENOENT' ? 'nft is not installed' : `nft ended: ${result.shortMessage ?? ''}`))
+  }
+
+  run(line: string, timeoutMs: number): Promise<string> {
+    this.lines++
+    return new Promise((resolve, reject) => {
+      const timer = setTimeout(() => {
+        this.#end(`nft did not confirm within ${timeoutMs} ms`)
+        this.#child.kill('SIGKILL')
+      }, timeoutMs)
+      this.#waiting.push({ resolve, reject, timer })
+      this.#child.stdin.write(`${line}\n${marker}\n`)
+    })
+  }
+
+  stop(): void {
+    this.#child.stdin.end()
+    this.#end('nft was closed')
+  }
+
+  // An error is written before the marker of its command, but through another pipe: wait until this turn of the event loop has read both.
+  #read(text: string): void {
+    this.#out += text
+    if (this.#out.endsWith(markerText)) setImmediate(() => this.#settle())
+  }
+
+  #settle(): void {
+    const done = this.#waiting[0]
+    if (done === undefined || !this.#out.endsWith(markerText)) return
+    const printed = this.#out.slice(0, -markerText.length)
+    const errors = this.#errors
+    this.#out = this.#errors = ''
+    this.#waiting.shift()
+    clearTimeout(done.timer)
+    if (errors === '') done.resolve(printed)
+    else done.reject(new NftError(errors.trim()))
+  }
+
+  #end(reason: string): void {
+    this.broken = true
+    const detail = this.#errors.trim()
+    for (const { reject, timer } of this.#waiting.splice(0)) {
+      clearTimeout(timer)
+      reject(new NftError(detail === '' ? reason : `${reason}: ${detail}`))
+    }
+  }
+}
+
+/** Transactions run one after the other; the caller decides what to put together into one. */
+export function createNft(): Nft {
+  let process = new NftProcess()
+  let last: Promise<unknown> = Promise.resolve()
+
+  const runNext = (statements: readonly string[], timeoutMs: number): Promise<string> => {
+    if (process.lines >= linesPerProcess) process.stop()
+    if (process.broken) process = new NftProcess()
+    return process.run(statements.join('; '), timeoutMs)
+  }
+  return {
+    apply(statements, timeoutMs = defaultTimeoutMs) {
+      for (const statement of statements) if (statement.includes('\n')) throw new NftError('a statement must be one line')
+      const result = last.then(() => runNext(statements, timeoutMs))
+      last = result.catch(() => undefined)
+      return result
+    },
+    close: () => process.stop(),
+  }
+}
+
+/** Runs `iptables` (or `ip6tables`) once. @throws NftError with what it said */
+export async function runIptables(program: 'iptables' | 'ip6tables', args: readonly string[]): Promise<void> {
+  const result = await execa(program, args, { reject: false, env: environment, extendEnv: false, timeout: defaultTimeoutMs, stdin: 'ignore' })
+  if (result.failed) throw new NftError(`${program} ${args.join(' ')}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
+}

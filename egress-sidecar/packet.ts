@@ -1,0 +1,275 @@
+/**
+ * DNS messages (RFC 1035) as raw bytes: the question, the few fields of an answer that a verdict needs, and the replies we make.
+ * Everything else in a message is forwarded untouched. All loops are bounded by the message's length, never by what it claims.
+ */
+
+export const rcodes = { noError: 0, formErr: 1, servFail: 2, nxDomain: 3, notImp: 4, refused: 5 } as const
+export const recordTypes = { a: 1, cname: 5, aaaa: 28, svcb: 64, https: 65 } as const
+
+const headerLength = 12
+const classIn = 1
+/** No stub resolver's question is longer (name 255, fixed parts, EDNS with a cookie and padding); the original reads no more either. */
+const maxQuestionMessage = 512
+/** RFC 1035 3.1: a name has at most 255 bytes on the wire. */
+const maxNameLength = 255
+/** Resolvers give up at chains of 8 to 16; a longer one is an attack. */
+const maxChain = 16
+
+export type Question = {
+  /** Lower case without the trailing dot, '' for the root; null when a label has bytes other than letters, digits, `-`, `_`. */
+  readonly name: string | null
+  readonly type: number
+  readonly class: number
+  /** Offset of the first byte behind the question. */
+  readonly end: number
+}
+
+/** A question; or the rcode to refuse the message with; or null for what must not be answered at all (too short, itself a reply). */
+export function readQuestion(message: Buffer): Question | number | null {
+  if (message.length < headerLength) return null
+  const flags = message.readUInt16BE(2)
+  if ((flags & 0x8000) !== 0) return null
+  if ((flags & 0x7800) !== 0) return rcodes.notImp
+  const oneQuestion = message.readUInt16BE(4) === 1 && message.readUInt16BE(6) === 0 && message.readUInt16BE(8) <= 1 && message.readUInt16BE(10) <= 2
+  if (!oneQuestion || message.length > maxQuestionMessage) return rcodes.formErr
+  const nameEnd = endOfPlainName(message, headerLength)
+  if (nameEnd === -1 || nameEnd + 4 > message.length) return rcodes.formErr
+  return { name: plainName(message, headerLength, nameEnd), type: message.readUInt16BE(nameEnd), class: message.readUInt16BE(nameEnd + 2), end: nameEnd + 4 }
+}
+
+/** Offset behind an uncompressed name, or -1. Compression has no place in a question: there is nothing to point at. */
+function endOfPlainName(message: Buffer, start: number): number {
+  let at = start
+  for (;;) {
+    const length = message[at]
+    if (length === undefined || length > 63) return -1
+    at += length + 1
+    if (at - start > maxNameLength) return -1
+    if (length === 0) return at
+  }
+}
+
+const nameBytes = Buffer.alloc(maxNameLength)
+/** Lower-cased byte of a harmless label, 0 for every other. */
+const labelByte = new Uint8Array(256)
+for (const char of 'abcdefghijklmnopqrstuvwxyz0123456789-_') labelByte[char.charCodeAt(0)] = char.charCodeAt(0)
+for (let code = 65; code <= 90; code++) labelByte[code] = code + 32
+
+// Decided on wire labels: a dot, NUL or percent sign inside a label must not read as a label border later.
+function plainName(message: Buffer, start: number, end: number): string | null {
+  let at = start
+  let written = 0
+  while (at < end - 1) {
+    const labelEnd = at + 1 + (message[at] as number)
+    for (at++; at < labelEnd; at++) {
+      const byte = labelByte[message[at] as number] as number
+      if (byte === 0) return null
+      nameBytes[written++] = byte
+    }
+    nameBytes[written++] = 0x2e
+  }
+  return nameBytes.toString('latin1', 0, Math.max(0, written - 1))
+}
+
+/** An A or AAAA record at the end of the question's CNAME chain. */
+export type AddressRecord = { readonly address: string; readonly type: number; readonly rdata: number }
+
+export type Answer = {
+  readonly rcode: number
+  readonly truncated: boolean
+  /** Addresses the question's name leads to, in order. */
+  readonly addresses: readonly AddressRecord[]
+  /** Names of the CNAME chain behind the question's name; null for one with unusual bytes. */
+  readonly aliases: readonly (string | null)[]
+  /** Lowest TTL of the chain and its addresses, in seconds; values with the top bit set count as 0 (RFC 2181 8). */
+  readonly ttl: number
+  /** Offsets of the TTLs in the answer section. */
+  readonly ttlOffsets: readonly number[]
+  /** HTTPS and SVCB records of the chain. */
+  readonly services: readonly ServiceRecord[]
+  /** Address records that do not belong to the question: whoever believed them would fail to connect. */
+  readonly strays: boolean
+}
+
+/** `rdata` and `length` delimit the record's data in the message. */
+export type ServiceRecord = { readonly type: number; readonly rdata: number; readonly length: number }
+
+type FoundRecord = { owner: string; type: number; ttl: number; rdata: number; length: number }
+
+/** Reads a reply to `question` (its echo was checked before). Null when it is malformed: nothing of it may be used. */
+export function readAnswer(message: Buffer, question: Question): Answer | null {
+  const flags = message.readUInt16BE(2)
+  const claimed = message.readUInt16BE(6)
+  const records: FoundRecord[] = []
+  const ttlOffsets: number[] = []
+  const aliasOf = new Map<string, { target: string; ttl: number }>()
+  const names = new Map<number, string>()
+  const asked = readName(message, headerLength, names) as string
+  let at = question.end
+
+  for (let i = 0; i < claimed; i++) {
+    const owner = message[at] === 0xc0 && message[at + 1] === headerLength ? asked : readName(message, at, names)
+    at = skipName(message, at)
+    if (owner === null || at === -1 || at + 10 > message.length) return null
+    const type = message.readUInt16BE(at)
+    const isIn = message.readUInt16BE(at + 2) === classIn
+    const rawTtl = message.readUInt32BE(at + 4)
+    const length = message.readUInt16BE(at + 8)
+    const rdata = at + 10
+    if (rdata + length > message.length) return null
+    const ttl = rawTtl > 0x7fffffff ? 0 : rawTtl
+    if (isIn && type === recordTypes.cname) {
+      const target = readName(message, rdata, names)
+      if (target === null) return null
+      if (!aliasOf.has(owner)) aliasOf.set(owner, { target, ttl })
+      ttlOffsets.push(at + 4)
+    } else if (isIn && (type === recordTypes.a || type === recordTypes.aaaa)) {
+      if (length !== (type === recordTypes.a ? 4 : 16)) return null
+      records.push({ owner, type, ttl, rdata, length })
+      ttlOffsets.push(at + 4)
+    } else if (isIn && (type === recordTypes.https || type === recordTypes.svcb)) {
+      records.push({ owner, type, ttl, rdata, length })
+      ttlOffsets.push(at + 4)
+    }
+    at = rdata + length
+  }
+  return followChain(message, { flags, asked, aliasOf, records, ttlOffsets })
+}
+
+type Collected = { flags: number; asked: string; aliasOf: Map<string, { target: string; ttl: number }>; records: FoundRecord[]; ttlOffsets: number[] }
+
+function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets }: Collected): Answer | null {
+  const chain = new Set([asked])
+  const aliases: (string | null)[] = []
+  let ttl = 0x7fffffff
+  for (let link = aliasOf.get(asked); link !== undefined; link = aliasOf.get(link.target)) {
+    if (chain.has(link.target) || chain.size > maxChain) return null
+    chain.add(link.target)
+    aliases.push(harmlessName(link.target))
+    ttl = Math.min(ttl, link.ttl)
+  }
+  const addresses: AddressRecord[] = []
+  const services: ServiceRecord[] = []
+  let strays = false
+  for (const record of records) {
+    if (!chain.has(record.owner)) strays = true
+    else {
+      ttl = Math.min(ttl, record.ttl)
+      if (record.type === recordTypes.a || record.type === recordTypes.aaaa) addresses.push({ address: formatAddress(message, record.rdata, record.length), type: record.type, rdata: record.rdata })
+      else services.push({ type: record.type, rdata: record.rdata, length: record.length })
+    }
+  }
+  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses, aliases, ttl, ttlOffsets, services, strays }
+}
+
+function harmlessName(name: string): string | null {
+  for (let i = 0; i < name.length; i++) if (name[i] !== '.' && labelByte[name.charCodeAt(i)] === 0) return null
+  return name
+}
+
+/** A possibly compressed name as lower-case text; a byte that could be taken for a label border is escaped. Null when malformed. */
+function readName(message: Buffer, start: number, known: Map<number, string>): string | null {
+  const before = known.get(start)
+  if (before !== undefined) return before
+  let at = start
+  let limit = start
+  let text = ''
+  for (;;) {
+    const length = message[at]
+    if (length === undefined) return null
+    if (length === 0) break
+    if (length >= 0xc0) {
+      const target = ((length & 0x3f) << 8) | (message[at + 1] ?? 0)
+      // Only backwards, so that every hop makes the rest shorter and no loop is possible.
+      if (at + 1 >= message.length || target >= limit || target < headerLength) return null
+      limit = target
+      at = target
+      continue
+    }
+    if (length > 63 || at + 1 + length > message.length || text.length + length > maxNameLength) return null
+    const label = message.toString('latin1', at + 1, at + 1 + length).toLowerCase().replaceAll('.', '\\.')
+    text = text === '' ? label : `${text}.${label}`
+    at += length + 1
+  }
+  known.set(start, text)
+  return text
+}
+
+function skipName(message: Buffer, start: number): number {
+  let at = start
+  for (;;) {
+    const length = message[at]
+    if (length === undefined || (length > 63 && length < 0xc0)) return -1
+    if (length >= 0xc0) return at + 2
+    if (length === 0) return at + 1
+    at += length + 1
+  }
+}
+
+/** Text of an address; the IPv6 form is not the shortest but valid. */
+function formatAddress(message: Buffer, at: number, length: number): string {
+  if (length === 4) return `${message[at]}.${message[at + 1]}.${message[at + 2]}.${message[at + 3]}`
+  let text = message.readUInt16BE(at).toString(16)
+  for (let i = 2; i < 16; i += 2) text += `:${message.readUInt16BE(at + i).toString(16)}`
+  return text
+}
+
+/** A reply without records: id, opcode, RD and CD of the question, its text with the case it had. */
+export function emptyReply(query: Buffer, questionEnd: number, rcode: number): Buffer {
+  const reply = Buffer.from(query.subarray(0, questionEnd))
+  const flags = query.readUInt16BE(2)
+  reply.writeUInt16BE(0x8000 | (flags & 0x7910) | rcode, 2)
+  reply.writeUInt16BE(questionEnd > headerLength ? 1 : 0, 4)
+  reply.fill(0, 6, headerLength)
+  return reply
+}
+
+/** The refusal of a message that has no readable question. */
+export function headerReply(query: Buffer, rcode: number): Buffer {
+  return emptyReply(query, headerLength, rcode)
+}
+
+/** The same reply with the truncation bit: "ask again over TCP". */
+export function truncatedReply(query: Buffer, questionEnd: number): Buffer {
+  const reply = emptyReply(query, questionEnd, rcodes.noError)
+  reply.writeUInt16BE(reply.readUInt16BE(2) | 0x0280, 2)
+  return reply
+}
+
+/** A record for `listReply`; its owner is the question's name. */
+export type ReplyRecord = { readonly type: number; readonly ttl: number; readonly data: Buffer }
+
+/** A reply with records that all belong to the question's name: a chain of aliases is folded away. */
+export function listReply(query: Buffer, questionEnd: number, records: readonly ReplyRecord[]): Buffer {
+  const parts = [emptyReply(query, questionEnd, rcodes.noError)]
+  const head = parts[0] as Buffer
+  head.writeUInt16BE(head.readUInt16BE(2) | 0x0080, 2)
+  head.writeUInt16BE(records.length, 6)
+  for (const { type, ttl, data } of records) {
+    const fixed = Buffer.alloc(12)
+    fixed.writeUInt16BE(0xc000 | headerLength, 0)
+    fixed.writeUInt16BE(type, 2)
+    fixed.writeUInt16BE(classIn, 4)
+    fixed.writeUInt32BE(ttl, 6)
+    fixed.writeUInt16BE(data.length, 10)
+    parts.push(fixed, data)
+  }
+  return Buffer.concat(parts)
+}
+
+/** Lowers every listed TTL to `seconds` at most, in place. */
+export function capTtls(message: Buffer, offsets: readonly number[], seconds: number): void {
+  for (const offset of offsets) if (message.readUInt32BE(offset) > seconds) message.writeUInt32BE(seconds, offset)
+}
+
+/** Does `reply` answer exactly this question (RFC 5452 9.1)? Some servers do not keep the case of the name. */
+export function echoesQuestion(reply: Buffer, query: Buffer, questionEnd: number): boolean {
+  if (reply.length < questionEnd || reply.readUInt16BE(4) !== 1 || (reply.readUInt16BE(2) & 0xf800) !== 0x8000) return false
+  if (reply.compare(query, headerLength, questionEnd, headerLength, questionEnd) === 0) return true
+  for (let at = headerLength; at < questionEnd; at++) {
+    const asked = query[at] as number
+    const echoed = reply[at] as number
+    if (asked !== echoed && (labelByte[asked] === 0 || labelByte[asked] !== labelByte[echoed])) return false
+  }
+  return true
+}

@@ -1,0 +1,33 @@
+/** One question over a TCP connection of its own (RFC 7766): for answers that do not fit a datagram. */
+import { connect } from 'node:net'
+import { echoesQuestion } from './packet.ts'
+import type { Upstream } from './ruleset.ts'
+
+/** The reply, or null when there is none that fits within `timeoutMs`. */
+export function askTcp(query: Buffer, questionEnd: number, { address, port }: Upstream, timeoutMs: number): Promise<Buffer | null> {
+  return new Promise((resolve) => {
+    let received = Buffer.alloc(0)
+    const socket = connect({ host: address, port })
+    const timer = setTimeout(() => end(null), timeoutMs)
+    const end = (reply: Buffer | null): void => {
+      clearTimeout(timer)
+      socket.destroy()
+      resolve(reply)
+    }
+    socket.on('error', () => end(null))
+    socket.on('close', () => end(null))
+    socket.on('connect', () => {
+      const framed = Buffer.alloc(2 + query.length)
+      framed.writeUInt16BE(query.length, 0)
+      query.copy(framed, 2)
+      socket.write(framed)
+    })
+    socket.on('data', (chunk) => {
+      received = Buffer.concat([received, chunk])
+      if (received.length < 2 || received.length < 2 + received.readUInt16BE(0)) return
+      const reply = received.subarray(2, 2 + received.readUInt16BE(0))
+      const fits = reply.length >= 12 && reply.readUInt16BE(0) === query.readUInt16BE(0) && echoesQuestion(reply, query, questionEnd)
+      end(fits ? reply : null)
+    })
+  })
+}

@@ -1,0 +1,189 @@
+/**
+ * Upstream DNS over connected UDP sockets that are opened once and held: a connected socket takes datagrams from its upstream
+ * only, and nobody in the namespace can bind a held port. The question's bytes go out as they came, under a new random id;
+ * an answer counts when id and question fit (RFC 5452). Truncated answers are asked for again over TCP for clients that can take them.
+ */
+import { randomFillSync } from 'node:crypto'
+import { createSocket, type Socket } from 'node:dgram'
+import type { Resolver, Transport } from './answer.ts'
+import { echoesQuestion, rcodes } from './packet.ts'
+import type { Upstream } from './ruleset.ts'
+import { askTcp } from './resolver-tcp.ts'
+
+export type ResolverOptions = {
+  readonly upstreams: readonly Upstream[]
+  /** For one question, over all upstreams. */
+  readonly timeoutMs: number
+  /** Off where the firewall lets only the UDP sockets out. */
+  readonly tcp: () => boolean
+}
+
+export type UdpResolver = Resolver & {
+  /** Local ports of the sockets; they stay bound until `close`. */
+  readonly ports: readonly number[]
+  close(): void
+}
+
+/** Per upstream; with the 16 bits of the id this is what a blind forger has to guess. */
+const socketsPerUpstream = 16
+const sweepMs = 50
+/** Questions on the way at a time; more are a flood, and the sandbox's own stub gives up after 5 s. */
+const maxPending = 8192
+/** An upstream that let this many questions in a row time out is asked last for a while. */
+const failuresToDistrust = 3
+const distrustMs = 30_000
+/** Before the next upstream is asked; a stub resolver waits 5 s for everything together. */
+const patienceMs = 1200
+
+class Pending {
+  readonly query: Buffer
+  readonly questionEnd: number
+  readonly resolve: (reply: Buffer | null) => void
+  /** Upstreams not tried yet, in order. */
+  readonly left: UpstreamState[]
+  readonly deadline: number
+  /** When the current upstream is given up. */
+  giveUp = 0
+  /** Kept when no other upstream has a better one: its SERVFAIL or REFUSED. */
+  failure: Buffer | null = null
+
+  constructor(query: Buffer, questionEnd: number, left: UpstreamState[], deadline: number, resolve: (reply: Buffer | null) => void) {
+    this.query = query
+    this.questionEnd = questionEnd
+    this.left = left
+    this.deadline = deadline
+    this.resolve = resolve
+  }
+}
+
+type Channel = { readonly socket: Socket; readonly pending: Map<number, Pending> }
+
+type UpstreamState = { readonly upstream: Upstream; readonly channels: Channel[]; failures: number; distrustedUntil: number }
+
+const randomIds = new Uint16Array(2048)
+let usedIds = randomIds.length
+function randomId(): number {
+  if (usedIds === randomIds.length) {
+    randomFillSync(randomIds)
+    usedIds = 0
+  }
+  return randomIds[usedIds++] as number
+}
+
+/** Resolves when all sockets are bound. @throws when an upstream's address cannot be routed */
+export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOptions, now: () => number): Promise<UdpResolver> {
+  const states: UpstreamState[] = []
+  let pendingCount = 0
+  let sweeper: NodeJS.Timeout | null = null
+
+  for (const upstream of upstreams) {
+    const state: UpstreamState = { upstream, channels: [], failures: 0, distrustedUntil: 0 }
+    for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
+    states.push(state)
+  }
+
+  async function openChannel(state: UpstreamState): Promise<Channel> {
+    const socket = createSocket({ type: state.upstream.address.includes(':') ? 'udp6' : 'udp4' })
+    const channel: Channel = { socket, pending: new Map() }
+    await new Promise<void>((resolve, reject) => {
+      socket.once('error', reject)
+      socket.connect(state.upstream.port, state.upstream.address, () => {
+        socket.off('error', reject)
+        resolve()
+      })
+    })
+    socket.on('message', (reply) => receive(state, channel, reply))
+    // The upstream's port is closed, or the way there is: do not wait for what cannot come.
+    socket.on('error', () => {
+      for (const [id, pending] of [...channel.pending]) fail(state, channel, id, pending)
+    })
+    return channel
+  }
+
+  function receive(state: UpstreamState, channel: Channel, reply: Buffer): void {
+    if (reply.length < 12) return
+    const id = reply.readUInt16BE(0)
+    const pending = channel.pending.get(id)
+    if (pending === undefined || !echoesQuestion(reply, pending.query, pending.questionEnd)) return
+    state.failures = 0
+    const rcode = (reply[3] as number) & 0xf
+    if (rcode !== rcodes.noError && rcode !== rcodes.nxDomain) {
+      pending.failure ??= reply
+      next(channel, id, pending)
+    } else finish(channel, id, pending, reply)
+  }
+
+  function send(pending: Pending): void {
+    const state = pending.left.shift() as UpstreamState
+    const time = now()
+    pending.giveUp = pending.left.length === 0 ? pending.deadline : Math.min(pending.deadline, time + patienceMs)
+    const channel = state.channels[randomId() % state.channels.length] as Channel
+    let id = randomId()
+    while (channel.pending.has(id)) id = (id + 1) & 0xffff
+    pending.query.writeUInt16BE(id, 0)
+    channel.pending.set(id, pending)
+    channel.socket.send(pending.query)
+    sweeper ??= setInterval(sweep, sweepMs)
+  }
+
+  function fail(state: UpstreamState, channel: Channel, id: number, pending: Pending): void {
+    if (++state.failures >= failuresToDistrust) state.distrustedUntil = now() + distrustMs
+    next(channel, id, pending)
+  }
+
+  function next(channel: Channel, id: number, pending: Pending): void {
+    if (pending.left.length === 0 || now() >= pending.deadline) return finish(channel, id, pending, pending.failure)
+    channel.pending.delete(id)
+    send(pending)
+  }
+
+  function finish(channel: Channel, id: number, pending: Pending, reply: Buffer | null): void {
+    channel.pending.delete(id)
+    pendingCount--
+    if (pendingCount === 0 && sweeper !== null) {
+      clearInterval(sweeper)
+      sweeper = null
+    }
+    pending.resolve(reply)
+  }
+
+  // One timer for all: setting one per question would cost more than the question.
+  function sweep(): void {
+    const time = now()
+    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending) if (pending.giveUp <= time) fail(state, channel, id, pending)
+  }
+
+  function inOrder(): UpstreamState[] {
+    const time = now()
+    return [...states.filter((s) => s.distrustedUntil <= time), ...states.filter((s) => s.distrustedUntil > time)]
+  }
+
+  async function askUdp(query: Buffer, questionEnd: number): Promise<Buffer | null> {
+    if (pendingCount >= maxPending) return null
+    pendingCount++
+    return new Promise((resolve) => send(new Pending(query, questionEnd, inOrder(), now() + timeoutMs, resolve)))
+  }
+
+  return {
+    ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
+    async ask(query, questionEnd, transport: Transport) {
+      const reply = await askUdp(query, questionEnd)
+      const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
+      if (!truncated || transport === 'udp' || !tcp()) return reply
+      for (const { upstream } of inOrder()) {
+        query.writeUInt16BE(randomId(), 0)
+        const whole = await askTcp(query, questionEnd, upstream, timeoutMs)
+        if (whole !== null) return whole
+      }
+      return null
+    },
+    close() {
+      for (const { channels } of states) {
+        for (const { socket, pending } of channels) {
+          for (const [id, waiting] of [...pending]) finish({ socket, pending }, id, waiting, null)
+          socket.close()
+        }
+      }
+    },
+  }
+}

@@ -1,0 +1,222 @@
+/**
+ * Rules to nft statements. Pure. One table of our own, `inet opensandbox`, IPv4 and IPv6 alike:
+ *
+ *   nat     (output, -110, before Docker's own)   port 53 of the namespace goes to our listener
+ *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
+ *   exempt                                        the sidecar's own way to its resolvers
+ *   denied                                        says no at once instead of letting the client wait
+ *
+ * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules.
+ * Addresses and networks have sets of their own: nft reads every plain interval set back before each command (8 ms with 4,096
+ * elements), hash sets and concatenated ones it does not (0.35 ms); hence `addr . protocol` for networks.
+ */
+import { NetworkTable, readNetwork, type Network } from '#policies/address.ts'
+import type { Rules } from '#policies/compile.ts'
+
+export type Upstream = { readonly address: string; readonly port: number }
+
+/** How the kernel tells the sidecar's packets from everybody else's; the text of an nft match. */
+export type Exemption = { readonly match: string; readonly protocols: readonly ('udp' | 'tcp')[] }
+
+export type RulesetInput = {
+  readonly rules: Rules
+  readonly filter: boolean
+  /** Is there an IPv6 loopback to redirect to? Otherwise IPv6 is refused. */
+  readonly ipv6: boolean
+  readonly exemption: Exemption
+  readonly upstreams: readonly Upstream[]
+  /** Resolvers the sandbox may ask directly on port 53. */
+  readonly openResolvers: readonly string[]
+  readonly doh: DohBlock
+  /** Connections seen under this policy carry it, 1 to 2^31-1: an idle one outlives its address's lease, but not its policy. */
+  readonly generation: number
+}
+
+/** Off; every TCP and UDP 443; or only 443 of these. */
+export type DohBlock = { readonly everywhere: boolean; readonly addresses: readonly string[] }
+
+export const dnsPort = 15353
+/** Seconds. Leases of learned addresses are TTL + 60 within these bounds; a packet to the address renews to the longest. */
+export const lease = { least: 60, most: 360, grace: 60 } as const
+
+export function leaseSeconds(ttl: number): number {
+  return Math.min(Math.max(ttl + lease.grace, lease.least), lease.most)
+}
+
+/** More than the learned table ever holds (`firewall.ts`). */
+const learnedSetSize = 65536
+
+const table = 'inet opensandbox'
+const chains = ['nat', 'egress', 'exempt', 'denied'] as const
+const dockerResolver = '127.0.0.11'
+
+const families = [
+  { n: '4', ip: 'ip', type: 'ipv4_addr' },
+  { n: '6', ip: 'ip6', type: 'ipv6_addr' },
+] as const
+type Family = (typeof families)[number]
+
+/** Everything refused but the loopback and replies to connections from outside (health probes). The first thing that runs. */
+export function bootStatements(): string[] {
+  return [
+    `add table ${table}`, `delete table ${table}`, `add table ${table}`,
+    `add chain ${table} marker`,
+    `add chain ${table} exempt`,
+    `add chain ${table} denied`,
+    `add chain ${table} nat { type nat hook output priority -110; policy accept; }`,
+    `add chain ${table} egress { type filter hook output priority 0; policy drop; }`,
+    ...families.map((f) => `add set ${table} dyn_allow_v${f.n} { type ${f.type}; flags dynamic,timeout; timeout ${lease.most}s; size ${learnedSetSize}; }`),
+    ...families.flatMap((f) => ['allow', 'deny'].flatMap((action) => addSets(action, f))),
+    ...families.map((f) => `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`),
+    `add rule ${table} egress ct state established,related ct direction reply accept`,
+    `add rule ${table} egress oifname "lo" accept`,
+  ]
+}
+
+/** The whole policy in one transaction; learned addresses stay, except the forgotten ones. */
+export function policyStatements(input: RulesetInput, forget: readonly string[] = []): string[] {
+  const { rules } = input
+  const lists = { allow4: rules.allow4, allow6: rules.allow6, deny4: rules.deny4, deny6: rules.deny6 }
+  return [
+    ...chains.map((chain) => `flush chain ${table} ${chain}`),
+    ...families.flatMap((f) => [...['allow', 'deny'].flatMap((action) => resetSets(action, f, lists[`${action as 'allow' | 'deny'}${f.n}`])), ...resetDoh(f, input.doh.addresses)]),
+    ...forget.flatMap((address) => forgetStatements(address)),
+    ...natRules(input).map((rule) => `add rule ${table} nat ${rule}`),
+    ...exemptRules(input).map((rule) => `add rule ${table} exempt ${rule}`),
+    ...deniedRules.map((rule) => `add rule ${table} denied ${rule}`),
+    ...(input.filter ? filterRules(input) : nameOnlyRules).map((rule) => `add rule ${table} egress ${rule}`),
+    `add chain ${table} egress { policy ${input.filter && rules.defaultAction === 'deny' ? 'drop' : 'accept'}; }`,
+  ]
+}
+
+/** Takes the sidecar's own way out away and leaves every other rule: for the end of the process. */
+export function closeStatements(): string[] {
+  return [`flush chain ${table} exempt`]
+}
+
+/** Opens addresses for `seconds`. An address that is known already is deleted in the same transaction: kernels before 6.12 keep the old expiry otherwise. */
+export function openStatements(elements: ReadonlyMap<string, number>, known: ReadonlySet<string>): string[] {
+  const statements: string[] = []
+  for (const f of families) {
+    const mine = [...elements].filter(([address]) => familyOf(address) === f)
+    const again = mine.filter(([address]) => known.has(address))
+    if (again.length > 0) {
+      statements.push(`add element ${table} dyn_allow_v${f.n} { ${again.map(([address]) => address).join(', ')} }`)
+      statements.push(`delete element ${table} dyn_allow_v${f.n} { ${again.map(([address]) => address).join(', ')} }`)
+    }
+    if (mine.length > 0) statements.push(`add element ${table} dyn_allow_v${f.n} { ${mine.map(([address, seconds]) => `${address} timeout ${seconds}s`).join(', ')} }`)
+  }
+  return statements
+}
+
+/** Deletes a learned address, whether or not it has expired by now (deleting a missing element would fail). */
+export function forgetStatements(address: string): string[] {
+  const set = `dyn_allow_v${familyOf(address).n}`
+  return [`add element ${table} ${set} { ${address} }`, `delete element ${table} ${set} { ${address} }`]
+}
+
+/** What `checks.ts` reads the installed rules back with. */
+export const listStatement = `list table ${table}`
+
+function familyOf(address: string): Family {
+  return address.includes(':') ? families[1] : families[0]
+}
+
+function addSets(action: string, f: Family): string[] {
+  return [
+    `add set ${table} ${action}_v${f.n} { type ${f.type}; }`,
+    `add set ${table} ${action}_net_v${f.n} { type ${f.type} . inet_proto; flags interval; }`,
+  ]
+}
+
+// Deleting a set of networks and making it anew is seven times as fast as emptying it.
+function resetSets(action: string, f: Family, list: readonly string[]): string[] {
+  const addresses = list.filter((text) => !text.includes('/'))
+  const networks = outermost(list.filter((text) => text.includes('/')))
+  return [
+    `delete set ${table} ${action}_v${f.n}`, `delete set ${table} ${action}_net_v${f.n}`,
+    ...addSets(action, f),
+    ...addElements(`${action}_v${f.n}`, addresses),
+    ...addElements(`${action}_net_v${f.n}`, networks.map((network) => `${network} . 0-255`)),
+  ]
+}
+
+function resetDoh(f: Family, list: readonly string[]): string[] {
+  const mine = outermost(list.filter((text) => familyOf(text) === f).map((text) => (text.includes('/') ? text : `${text}/${f.n === '4' ? 32 : 128}`)))
+  return [
+    `delete set ${table} doh_block_v${f.n}`,
+    `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`,
+    ...addElements(`doh_block_v${f.n}`, mine.map((network) => `${network} . 0-255`)),
+  ]
+}
+
+function addElements(set: string, elements: readonly string[]): string[] {
+  return elements.length === 0 ? [] : [`add element ${table} ${set} { ${elements.join(', ')} }`]
+}
+
+/** Without the networks that lie inside another of the list: concatenated sets refuse overlaps. */
+function outermost(networks: readonly string[]): string[] {
+  const kept = new NetworkTable()
+  const prefix = (network: string): number => Number(network.slice(network.indexOf('/') + 1))
+  return [...networks].sort((a, b) => prefix(a) - prefix(b)).filter((text) => {
+    const inside = kept.find(text.slice(0, text.indexOf('/'))) !== undefined
+    if (!inside) kept.add(readNetwork(text) as Network, 0)
+    return !inside
+  })
+}
+
+function natRules({ exemption, upstreams, openResolvers, ipv6 }: RulesetInput): string[] {
+  const own = upstreams.filter((u) => u.port === 53).flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+  const open = openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)
+  return [...own, ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
+}
+
+function exemptRules({ exemption, upstreams, openResolvers }: RulesetInput): string[] {
+  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+  return [...own, ...openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)]
+}
+
+function toUpstream(exemption: Exemption, { address, port }: Upstream, protocol: 'udp' | 'tcp'): string {
+  return `${exemption.match} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port}`
+}
+
+// A reset or an ICMP error reaches the client within milliseconds; a silent drop costs it its whole timeout.
+const deniedRules = ['counter', 'meta l4proto tcp reject with tcp reset', 'reject with icmpx type admin-prohibited']
+
+// Docker's resolver also listens on a random port of 127.0.0.11, which no redirect of port 53 sees.
+const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
+
+/** Mode `dns`: names are filtered, addresses are not. */
+const nameOnlyRules = [notDockerResolver]
+
+function filterRules({ rules, ipv6, doh, generation }: RulesetInput): string[] {
+  const mark = `0x${generation.toString(16)}`
+  const list: string[] = [
+    // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
+    'ct state established,related ct direction reply accept',
+    notDockerResolver,
+    'oifname "lo" accept',
+    // A redirected question still has its first route's interface here, but our address.
+    `ip daddr 127.0.0.1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`,
+  ]
+  if (ipv6) {
+    list.push(`ip6 daddr ::1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`)
+    // Without neighbour discovery (hop limit 255 keeps it on the link, RFC 4861 7.1.1) no IPv6 address is reachable at all.
+    list.push('ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept')
+  }
+  list.push('jump exempt')
+  if (!ipv6) list.push('meta nfproto ipv6 goto denied')
+  list.push('ct state invalid goto denied')
+  // DNS over TLS and QUIC (RFC 7858, RFC 9250).
+  list.push('meta l4proto { tcp, udp } th dport 853 goto denied')
+  if (doh.everywhere) list.push('meta l4proto { tcp, udp } th dport 443 goto denied')
+  else for (const f of families) list.push(`${f.ip} daddr . meta l4proto @doh_block_v${f.n} th dport 443 goto denied`)
+  // Every packet is judged, not only a connection's first: a new deny cuts live connections.
+  for (const f of families) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`, `${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
+  for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
+  for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)
+  // A connection that was silent for longer than its address's lease may go on; a new handshake on the same ports may not.
+  list.push(`ct mark ${mark} ct state established meta l4proto tcp tcp flags & (fin | syn | rst | ack) != syn accept`)
+  if (rules.defaultAction === 'deny') list.push('goto denied')
+  return list
+}

@@ -1,0 +1,143 @@
+/**
+ * Wires the parts and starts them in the order that fails closed: everything refused, listeners, resolver sockets, exemption,
+ * policy, checks. Only then is the sidecar ready; whatever goes wrong before or after ends the process and leaves the rules.
+ */
+import { access } from 'node:fs/promises'
+import { networkInterfaces } from 'node:os'
+import { performance } from 'node:perf_hooks'
+import { compilePolicy } from '#policies/compile.ts'
+import { listenAdmin, type Admin } from './admin.ts'
+import { createAlwaysFiles } from './always-files.ts'
+import { answer } from './answer.ts'
+import { failedChecks } from './checks.ts'
+import type { Config } from './config.ts'
+import { chooseExemption, type ChosenExemption } from './exemption.ts'
+import { createFirewall } from './firewall.ts'
+import { listenDns, type DnsListener, type Handler } from './listen.ts'
+import type { Log } from './log.ts'
+import { createNft, type Nft } from './nft.ts'
+import { emptyReply, rcodes, readQuestion } from './packet.ts'
+import { readPolicyFile } from './policy-file.ts'
+import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
+import { createResolver, type UdpResolver } from './resolver.ts'
+import { bootStatements, closeStatements, dnsPort } from './ruleset.ts'
+
+export type Sidecar = {
+  /** Resolves when the policy is enforced and proved. @throws StartError, leaving everything refused */
+  start(): Promise<void>
+  /** Ends without opening anything: only the sidecar's own way out goes. */
+  close(): Promise<void>
+}
+
+/** Why the namespace is not protected. */
+export class StartError extends Error {
+  constructor(message: string, options?: ErrorOptions) {
+    super(message, options)
+    this.name = 'StartError'
+  }
+}
+
+/** The operator's files are looked at this often; the original promises 60 s. */
+const reloadMs = 30_000
+
+export function createSidecar(config: Config, log: Log): Sidecar {
+  const filter = config.mode === 'dns+nft'
+  let unready = 'not ready'
+  let nft: Nft | null = null
+  let keeper: PolicyKeeper | null = null
+  let resolver: UdpResolver | null = null
+  let listener: DnsListener | null = null
+  let admin: Admin | null = null
+  let reloader: NodeJS.Timeout | null = null
+
+  async function start(): Promise<void> {
+    if (await inHostNamespace()) throw new StartError('this is the network namespace of the host: refusing to filter it')
+    // 1. nothing leaves any more
+    const kernel = (nft = createNft())
+    await kernel.apply(bootStatements()).catch((error: Error) => {
+      throw new StartError(`the firewall cannot be written (NET_ADMIN is needed): ${error.message}`, { cause: error })
+    })
+    // 2. listeners, answering nothing of use yet
+    const seen = new Set<string>()
+    let handler: Handler = async (message) => {
+      const question = readQuestion(message)
+      if (question === null || typeof question === 'number') return null
+      if (question.name !== null && seen.size < 1000) seen.add(question.name)
+      return emptyReply(message, question.end, rcodes.servFail)
+    }
+    const ipv6 = hasIpv6Loopback()
+    listener = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport) => handler(message, transport))
+    admin = await listenAdmin(config.http, {
+      keeper: () => keeper,
+      token: config.token,
+      enforcementMode: config.mode,
+      unready: () => unready,
+      changed: ({ policy, rules }) => log.event('info', 'egress.updated', 'egress policy updated', { 'egress.default': policy.defaultAction, rules }),
+      refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
+    })
+    // 3. our own way to the resolvers
+    const now = (): number => performance.now()
+    const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => exemption.protocols.includes('tcp') }, now))
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6, ports: asking.ports })
+    // 4. the policy
+    const files = createAlwaysFiles()
+    const always = await files.read()
+    const found = await readPolicyFile(config.policyFile)
+    if (found.warning !== null) log.event('warn', 'egress.policy_file', `policy file not used: ${found.warning}`)
+    const policy = found.policy ?? config.rules
+    const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow })
+    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] } }
+    const firewall = await createFirewall(rules, { nft: kernel, setting, now })
+    // 5. proof
+    const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => asking.ask(query, end, 'udp') })
+    if (problems.length > 0) throw new StartError(problems.join('; '))
+    const answerDeps = { resolver: asking, firewall, now, report: log.outcome }
+    handler = (message, transport) => answer(message, transport, answerDeps)
+    const kept = (keeper = createPolicyKeeper(policy, always, { firewall, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
+    reloader = setInterval(() => void reload(kept), reloadMs)
+    unready = ''
+    log.event('info', 'egress.loaded', 'egress policy loaded', { 'egress.default': policy.defaultAction, rules: policy.egress, mode: config.mode, exemption: exemption.kind, exemption_why: exemption.why, ipv6 })
+    if (!filter) log.event('warn', 'egress.dns_only', 'mode dns filters names only: connections to addresses are not restricted')
+  }
+
+  async function reload(kept: PolicyKeeper): Promise<void> {
+    try {
+      if (await kept.reload()) log.event('info', 'egress.always_reloaded', 'always rules reloaded', { deny: kept.always.deny.length, allow: kept.always.allow.length })
+    } catch (error) {
+      log.event('warn', 'egress.always_failed', `always rules not reloaded, the old ones hold: ${(error as Error).message}`)
+    }
+  }
+
+  return {
+    start,
+    async close() {
+      const enforced = unready === ''
+      unready = 'stopping'
+      if (reloader !== null) clearInterval(reloader)
+      await admin?.close()
+      // The exemption goes before its ports are given up. A start that failed leaves nothing open at all.
+      await nft?.apply(enforced ? closeStatements() : bootStatements()).catch((error: Error) => log.event('error', 'egress.close', error.message))
+      nft?.close()
+      await listener?.close()
+      resolver?.close()
+    },
+  }
+}
+
+/** An IPv6 question can be redirected only to ::1. */
+function hasIpv6Loopback(): boolean {
+  return Object.values(networkInterfaces()).some((list) => list?.some(({ address }) => address === '::1'))
+}
+
+/** Some sysctls exist in the first network namespace only. */
+async function inHostNamespace(): Promise<boolean> {
+  return exists('/proc/sys/net/core/netdev_budget')
+}
+
+async function inContainer(): Promise<boolean> {
+  return process.pid === 1 || (await exists('/.dockerenv')) || (await exists('/run/.containerenv')) || process.env['KUBERNETES_SERVICE_HOST'] !== undefined
+}
+
+function exists(path: string): Promise<boolean> {
+  return access(path).then(() => true, () => false)
+}
