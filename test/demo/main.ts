@@ -6,6 +6,7 @@
  */
 import { randomBytes } from 'node:crypto'
 import { execa } from 'execa'
+import { request } from 'undici'
 import { packetsTo, questionsFor } from '#test/support/attack.ts'
 import { closeSocket, doorModes, exchange, fetchThrough, openDoor, openSocket, type DoorMode } from '#test/support/doors.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
@@ -90,6 +91,13 @@ async function comeIn(stack: Stack, sandbox: Sandbox): Promise<void> {
 async function goOut(internet: Internet, sandbox: Sandbox): Promise<void> {
   const curl = (host: string): Promise<{ code: number; stdout: string; stderr: string }> => sandbox.run(['curl', '-sS', '-m', '2', `http://${host}/from-the-sandbox`])
   report.title('out, as root in the sandbox')
+  await report.step('the places exist', async () => {
+    for (const address of [allowed.address, denied.address]) {
+      const answer = await request(`http://${address}/from-the-host`)
+      check((await answer.body.text()).includes('/from-the-host'), `${address} does not answer this machine either`)
+    }
+    await internet.forget()
+  }, () => `${allowed.address} and ${denied.address} answer this machine`)
   await report.step('allowed name', async () => {
     const { code, stdout, stderr } = await curl(allowed.name)
     check(code === 0 && stdout.includes('/from-the-sandbox'), `did not connect: ${stderr}`)

@@ -5,8 +5,9 @@ export class Stopped extends Error {}
 
 export class Report {
   passed = 0
-  #interrupted = false
   readonly #tty = process.stdout.isTTY === true
+  #interrupted = false
+  #wake: () => void = () => undefined
 
   constructor() {
     process.on('SIGINT', () => this.#interrupt())
@@ -31,12 +32,12 @@ export class Report {
     try {
       const value = await work()
       this.passed++
-      this.line(`    ${this.#paint('32', 'ok  ')} ${name.padEnd(20)} ${this.#paint('2', this.#since(begin))}  ${show(value)}`)
+      this.line(`    ${this.#paint('32', 'ok  ')} ${name.padEnd(22)} ${this.#paint('2', this.#since(begin))}  ${show(value)}`)
       if (this.#interrupted) throw new Stopped('interrupted')
       return value
     } catch (error) {
       if (error instanceof Stopped) throw error
-      this.line(`    ${this.#paint('31', 'FAIL')} ${name.padEnd(20)} ${this.#since(begin)}\n\n${indent(error instanceof Error ? error.message : String(error))}`)
+      this.line(`    ${this.#paint('31', 'FAIL')} ${name.padEnd(22)} ${this.#since(begin)}\n\n${indent(error instanceof Error ? error.message : String(error))}`)
       throw new Stopped(name)
     }
   }
@@ -45,8 +46,6 @@ export class Report {
   async interrupted(): Promise<void> {
     while (!this.#interrupted) await new Promise<void>((resolve) => (this.#wake = resolve))
   }
-
-  #wake: () => void = () => undefined
 
   #interrupt(): void {
     if (this.#interrupted) process.exit(130)

@@ -5,18 +5,24 @@ import ipaddr from 'ipaddr.js'
 
 type Cidr = [ipaddr.IPv4 | ipaddr.IPv6, number]
 
-/** Throws, naming every range in the way: it overlaps a route, an address or a resolver of this machine, or is not routed by default. */
+/**
+ * Throws, naming every range in the way: the machine's own routes, addresses and resolvers stay as they are. A smaller network of
+ * the machine inside a claim is no harm: its route is the more specific one and goes on.
+ */
 export async function checkClaims(claims: readonly string[]): Promise<void> {
-  const used = [...(await routedRanges()), ...(await resolvers())]
-  const problems = claims.flatMap((claim) => used.filter((range) => overlap(readCidr(claim), readCidr(range.text))).map((range) => `${claim} overlaps ${range.text} (${range.what})`))
-  for (const claim of claims) problems.push(...(await localProblem(claim)))
+  const [routed, resolving] = [await routedRanges(), await resolvers()]
+  const problems: string[] = []
+  for (const claim of claims) {
+    const cidr = readCidr(claim)
+    const inTheWay = [...routed.filter((range) => contains(readCidr(range.text), cidr)), ...resolving.filter((range) => contains(cidr, readCidr(range.text)))]
+    problems.push(...inTheWay.map((range) => `${claim} overlaps ${range.text} (${range.what})`), ...(await localProblem(claim)))
+  }
   if (problems.length > 0) throw new Error(`the test internet cannot hold what this machine uses:\n  ${problems.join('\n  ')}`)
 }
 
-export function overlap(a: Cidr, b: Cidr): boolean {
-  if (a[0].kind() !== b[0].kind()) return false
-  const bits = Math.min(a[1], b[1])
-  return a[0].match(b[0] as ipaddr.IPv4 & ipaddr.IPv6, bits)
+function contains(outer: Cidr, inner: Cidr): boolean {
+  if (outer[0].kind() !== inner[0].kind() || outer[1] > inner[1]) return false
+  return inner[0].match(outer[0] as ipaddr.IPv4 & ipaddr.IPv6, outer[1])
 }
 
 function readCidr(text: string): Cidr {

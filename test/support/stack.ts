@@ -4,7 +4,9 @@
  * instance, also when the test failed or killed the server.
  */
 import { randomBytes } from 'node:crypto'
+import { once } from 'node:events'
 import { appendFile, mkdir, rm, writeFile } from 'node:fs/promises'
+import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { request } from 'undici'
@@ -39,6 +41,8 @@ export interface Sandbox {
   /** Container ids; the sidecar's is undefined without a policy. */
   readonly main: string
   readonly sidecar: string | undefined
+  /** IPv4 address of its network namespace. */
+  readonly address: string
   /** Runs a program in the main container, as its root. */
   run(command: readonly string[], seconds?: number): Promise<Output>
   remove(): Promise<void>
@@ -84,6 +88,18 @@ export async function startStack({ internet, gateways = [], ports: wanted = { se
   } catch (error) {
     await stack[Symbol.asyncDispose]()
     throw error
+  }
+}
+
+async function listens(host: string, port: number): Promise<true | undefined> {
+  const socket = connect({ host, port, timeout: 1000 })
+  try {
+    await once(socket, 'connect')
+    return true
+  } catch {
+    return undefined
+  } finally {
+    socket.destroy()
   }
 }
 
@@ -170,14 +186,22 @@ class RunningStack implements Stack {
   async create(options: CreateOptions = {}): Promise<Sandbox> {
     const body = { image: { uri: sandboxImage }, entrypoint: ['node', '/opt/sallyport/app.mjs'], resourceLimits: {}, timeout: 600, ...options }
     const reply = await this.api.call<SandboxBody>('POST', '/v1/sandboxes', body)
-    if (reply.status !== 202) throw new Error(`create answered ${reply.status}: ${JSON.stringify(reply.body)}\n${this.server.log()}`)
+    if (reply.status !== 202) throw new Error(`create answered ${reply.status}: ${JSON.stringify(reply.body)}\n${this.#words()}`)
     const { id } = reply.body
     await eventually(`sandbox ${id} runs`, async () => {
       const now = await this.api.get(id)
-      if (now === undefined || now.status.state === 'Failed') throw new Error(`sandbox ${id} failed: ${JSON.stringify(now)}\n${this.server.log()}`)
+      if (now === undefined || now.status.state === 'Failed') throw new Error(`sandbox ${id} failed: ${JSON.stringify(now)}\n${this.#words()}`)
       return now.status.state === 'Running' ? true : undefined
     }, 30)
-    return this.#find(id, options.networkPolicy !== undefined)
+    const sandbox = await this.#find(id, options.networkPolicy !== undefined)
+    // Running means that the container runs; the application inside needs a moment more.
+    if (options.entrypoint === undefined) await eventually(`the application of ${id} listens`, () => listens(sandbox.address, 8080))
+    return sandbox
+  }
+
+  /** What the server said last, without its line per request. */
+  #words(): string {
+    return this.server.log().split('\n').filter((line) => !line.includes('"event":"request"')).slice(-12).join('\n')
   }
 
   async #find(id: string, guarded: boolean): Promise<Sandbox> {
@@ -190,6 +214,7 @@ class RunningStack implements Stack {
       id,
       main: main.Id,
       sidecar: sidecar?.Id,
+      address: (sidecar ?? main).NetworkSettings.Networks[this.network]?.IPAddress ?? '',
       run: (command, seconds) => exec(main.Id, command, seconds),
       remove: async () => {
         const reply = await this.api.call('DELETE', `/v1/sandboxes/${id}`)

@@ -5,10 +5,14 @@
  */
 import { execa } from 'execa'
 import t from 'tap'
+import { needs } from '#test/support/abilities.ts'
 import { attack, attackCommand, packetsTo, questionsFor } from '#test/support/attack.ts'
 import { createNetwork, docker, exec } from '#test/support/containers.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { startStack, type Sandbox } from '#test/support/stack.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(230_000)
 
 const resolver = '198.51.100.53'
 const publicResolver = '8.8.8.8'
@@ -90,7 +94,7 @@ const attacks: Attack[] = [
   resolve("source ports the sidecar's packets may be known by", 'open', (name) => [run('borrow', name, resolver)]),
 ]
 
-t.test('attacks from inside', { timeout: 240_000 }, async (t) => {
+t.test('attacks from inside', async (t) => {
   await using internet = await startInternet({ zones, claims: [publicResolver, '1.1.1.1', '9.9.9.9', metadata, '10.66.0.0/16'] })
   await using network = await createNetwork('attacks')
   await internet.fence(network.bridge)
@@ -116,7 +120,7 @@ t.test('attacks from inside', { timeout: 240_000 }, async (t) => {
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
-t.test('taking the place of the sidecar', { timeout: 120_000 }, async (t) => {
+t.test('taking the place of the sidecar', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet })
   const open = await stack.create()

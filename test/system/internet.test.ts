@@ -3,10 +3,14 @@ import { execa } from 'execa'
 import { join } from 'node:path'
 import { once } from 'node:events'
 import t, { type Test } from 'tap'
+import { needs } from '#test/support/abilities.ts'
 import { createNetwork, exec } from '#test/support/containers.ts'
 import { hostLink, netns } from '#test/support/internet-layout.ts'
 import { namePrefix } from '#test/support/leftovers.ts'
 import { startInternet, type Flow, type Internet } from '#test/support/internet.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(230_000)
 
 const zones = {
   'one.example': { a: ['198.51.100.10'], aaaa: ['2001:db8::10'] },
@@ -86,7 +90,7 @@ t.test('what the machine uses is refused', async (t) => {
   const reasons: [claim: string, why: RegExp][] = [
     ['127.0.0.1', /routed to lo/],
     ['172.17.0.0/16', /routed to docker0/],
-    ['0.0.0.0/1', /overlaps/],
+    ['0.0.0.0/0', /overlaps/],
   ]
   for (const [claim, why] of reasons) await t.rejects(startInternet({ claims: [claim] }), { message: why }, claim)
   await isGone(t)

@@ -1,8 +1,12 @@
 /** A policy as users write them, in real sandboxes: which places connect, and which do not, judged by what arrived there. */
 import t from 'tap'
+import { needs } from '#test/support/abilities.ts'
 import { attack, packetsTo, questionsFor } from '#test/support/attack.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { startStack, type Sandbox } from '#test/support/stack.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(230_000)
 
 const zones = {
   'one.example': { a: ['198.51.100.11'] },
@@ -54,7 +58,7 @@ const places: readonly Place[] = [
   ['denied inside an allowed network', '198.18.4.99', false],
 ]
 
-t.test('a policy that denies by default', { timeout: 180_000 }, async (t) => {
+t.test('a policy that denies by default', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet })
   const open = await stack.create()
@@ -77,7 +81,7 @@ t.test('a policy that denies by default', { timeout: 180_000 }, async (t) => {
   t.equal(await internet.strays(), 0)
 })
 
-t.test('a policy that allows by default', { timeout: 120_000 }, async (t) => {
+t.test('a policy that allows by default', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet })
   const guarded = await stack.create({ networkPolicy: { defaultAction: 'allow', egress: [{ action: 'deny', target: 'two.example' }, { action: 'deny', target: '198.18.4.0/24' }] } })
@@ -95,7 +99,7 @@ t.test('a policy that allows by default', { timeout: 120_000 }, async (t) => {
   t.equal(await internet.strays(), 0)
 })
 
-t.test('policies that allow nothing', { timeout: 120_000 }, async (t) => {
+t.test('policies that allow nothing', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet })
   for (const empty of [{}, { defaultAction: 'deny' }, { egress: [] }]) {
