@@ -9,10 +9,11 @@
  */
 import { canonicalAddress } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
-import { decideLearned, decideName } from '#policies/decide.ts'
+import { decideName } from '#policies/decide.ts'
 import type { Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
 import type { Firewall } from './firewall.ts'
+import type { AddressJudge } from './judge.ts'
 import { emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
 import { leaseSeconds } from './ruleset.ts'
 
@@ -39,6 +40,7 @@ export type Outcome = {
 export type AnswerDeps = {
   readonly resolver: Resolver
   readonly firewall: Firewall
+  readonly mayOpen: AddressJudge
   /** Milliseconds, monotonic. */
   readonly now: () => number
   readonly report: (outcome: Outcome) => void
@@ -62,7 +64,7 @@ export async function answer(query: Buffer, transport: Transport, deps: AnswerDe
 
 type Settled = { reply: Buffer; verdict: Verdict; result: Outcome['result']; addresses: readonly string[] }
 
-async function settle(query: Buffer, question: Question, transport: Transport, { resolver, firewall }: AnswerDeps): Promise<Settled> {
+async function settle(query: Buffer, question: Question, transport: Transport, { resolver, firewall, mayOpen }: AnswerDeps): Promise<Settled> {
   let message: Buffer | null | undefined
   for (let turn = 1; ; turn++) {
     // 1. judge the name
@@ -82,7 +84,7 @@ async function settle(query: Buffer, question: Question, transport: Transport, {
     if (rules !== firewall.rules) continue
     const denied = deniedAlias(rules, found)
     if (denied !== null) return refuse(query, question, rcodes.nxDomain, 'denied', denied)
-    const allowed = found.addresses.filter((record) => decideLearned(rules, record.address).action === 'allow')
+    const allowed = found.addresses.filter((record) => mayOpen(rules, record.address))
 
     // 4. open the firewall and wait for the kernel
     const addresses = allowed.map(canonicalText)

@@ -10,8 +10,9 @@
  * So the table remembers for every address the batch that carries it. While nft works on one batch, everything else that comes
  * in is put into the next: however many questions wait, one transaction opens their addresses.
  */
-import { decideLearned, decideName } from '#policies/decide.ts'
+import { decideName } from '#policies/decide.ts'
 import type { Rules } from '#policies/compile.ts'
+import type { AddressJudge } from './judge.ts'
 import type { Nft } from './nft.ts'
 import { forgetStatements, openStatements, policyStatements, type RulesetInput } from './ruleset.ts'
 
@@ -51,11 +52,12 @@ export type FirewallDeps = {
   readonly nft: Nft
   /** Everything of a ruleset but its rules and generation. */
   readonly setting: Omit<RulesetInput, 'rules' | 'generation'>
+  readonly mayOpen: AddressJudge
   readonly now: () => number
 }
 
 /** The boot rules must be in place; `initial` is loaded when the promise resolves. */
-export async function createFirewall(initial: Rules, { nft, setting, now }: FirewallDeps): Promise<Firewall> {
+export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now }: FirewallDeps): Promise<Firewall> {
   const learned = new Map<string, Learned>()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
@@ -133,7 +135,7 @@ export async function createFirewall(initial: Rules, { nft, setting, now }: Fire
   }
 
   async function commit(wanted: Rules): Promise<void> {
-    for (const [address, entry] of learned) if (!stillAllowed(wanted, address, entry)) unwanted.add(address)
+    for (const [address, entry] of learned) if (!stillAllowed(wanted, address, entry, mayOpen)) unwanted.add(address)
     const lost = [...unwanted]
     generation = (generation % 0x7fffffff) + 1
     await nft.apply(policyStatements({ ...setting, rules: wanted, generation }, lost), replaceTimeoutMs)
@@ -184,6 +186,6 @@ export async function createFirewall(initial: Rules, { nft, setting, now }: Fire
 /** Thousands of rules take a tenth of a second; a machine under load may need much longer. */
 const replaceTimeoutMs = 30_000
 
-function stillAllowed(rules: Rules, address: string, { names }: Learned): boolean {
-  return decideLearned(rules, address).action === 'allow' && names.some((name) => decideName(rules, name).action === 'allow')
+function stillAllowed(rules: Rules, address: string, { names }: Learned, mayOpen: AddressJudge): boolean {
+  return mayOpen(rules, address) && names.some((name) => decideName(rules, name).action === 'allow')
 }

@@ -14,6 +14,9 @@ export type LogOptions = { readonly level: Level; readonly outputs: readonly str
 /** Lines for single questions per second; what is beyond is counted and told once. The sandbox decides how many questions there are. */
 const questionLinesPerSecond = 100
 
+/** A reply may hold hundreds. */
+const maxLoggedAddresses = 16
+
 export function createLog({ level, outputs, sandboxId }: LogOptions): Log {
   const open = (output: string): ReturnType<typeof destination> => destination({ dest: output === 'stdout' ? 1 : output === 'stderr' ? 2 : output, sync: true, mkdir: true })
   const streams = outputs.map((output): StreamEntry => ({ level, stream: open(output) }))
@@ -38,7 +41,7 @@ export function createLog({ level, outputs, sandboxId }: LogOptions): Log {
       if (dropped()) return
       const fields = { 'target.host': question.name ?? '(malformed)', qtype: typeName(question.type), took_ms: Math.round(took * 100) / 100 }
       if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule }, 'egress denied')
-      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
+      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
     },
     flush: () => log.flush(),
   }

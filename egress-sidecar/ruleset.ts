@@ -189,7 +189,9 @@ const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 /** Mode `dns`: names are filtered, addresses are not. */
 const nameOnlyRules = [notDockerResolver]
 
-function filterRules({ rules, ipv6, doh, generation }: RulesetInput): string[] {
+function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput): string[] {
+  // A resolver on another port than 53 is not redirected: an allowed name that leads to its address must not open it.
+  const upstreamsClosed = upstreams.filter((u) => u.port !== 53).map((u) => `${familyOf(u.address).ip} daddr ${u.address} meta l4proto { tcp, udp } th dport ${u.port} goto denied`)
   const mark = `0x${generation.toString(16)}`
   const list: string[] = [
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
@@ -204,7 +206,7 @@ function filterRules({ rules, ipv6, doh, generation }: RulesetInput): string[] {
     // Without neighbour discovery (hop limit 255 keeps it on the link, RFC 4861 7.1.1) no IPv6 address is reachable at all.
     list.push('ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept')
   }
-  list.push('jump exempt')
+  list.push('jump exempt', ...upstreamsClosed)
   if (!ipv6) list.push('meta nfproto ipv6 goto denied')
   list.push('ct state invalid goto denied')
   // DNS over TLS and QUIC (RFC 7858, RFC 9250).

@@ -14,6 +14,7 @@ import type { Config } from './config.ts'
 import { chooseExemption, type ChosenExemption } from './exemption.ts'
 import { createFirewall } from './firewall.ts'
 import { listenDns, type DnsListener, type Handler } from './listen.ts'
+import { createAddressJudge, knownResolvers } from './judge.ts'
 import type { Log } from './log.ts'
 import { createNft, type Nft } from './nft.ts'
 import { emptyReply, rcodes, readQuestion } from './packet.ts'
@@ -87,11 +88,12 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] } }
-    const firewall = await createFirewall(rules, { nft: kernel, setting, now })
+    const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
+    const firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now })
     // 5. proof
     const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => asking.ask(query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
-    const answerDeps = { resolver: asking, firewall, now, report: log.outcome }
+    const answerDeps = { resolver: asking, firewall, mayOpen, now, report: log.outcome }
     handler = (message, transport) => answer(message, transport, answerDeps)
     const kept = (keeper = createPolicyKeeper(policy, always, { firewall, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
     reloader = setInterval(() => void reload(kept), reloadMs)

@@ -1,0 +1,48 @@
+/**
+ * May an address that came back for an allowed name be opened? The policy's own verdict, and two kinds of places that a name must
+ * not lead to by accident: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
+ */
+import { NetworkTable, readNetwork, type Network } from '#policies/address.ts'
+import type { Rules } from '#policies/compile.ts'
+import { decideAddress, decideLearned } from '#policies/decide.ts'
+
+export type AddressJudge = (rules: Rules, address: string) => boolean
+
+/** Verdicts remembered per policy; popular names come back with the same addresses again and again. */
+const maxRemembered = 8192
+
+/** @param resolvers addresses and networks of DNS resolvers, ours and others */
+export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
+  const table = new NetworkTable()
+  for (const text of resolvers) table.add(readNetwork(text) as Network, 0)
+  let remembered = new Map<string, boolean>()
+  let rememberedFor: Rules | null = null
+
+  return (rules, address) => {
+    if (rules !== rememberedFor || remembered.size >= maxRemembered) {
+      remembered = new Map()
+      rememberedFor = rules
+    }
+    const before = remembered.get(address)
+    if (before !== undefined) return before
+    const allowed = decideLearned(rules, address).action === 'allow' && (table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
+    remembered.set(address, allowed)
+    return allowed
+  }
+}
+
+/**
+ * Public resolvers that answer DNS over HTTPS (RFC 8484) at fixed addresses, from their operators' pages: Google, Cloudflare, Quad9,
+ * OpenDNS, AdGuard, CleanBrowsing, ControlD, Mullvad, DNS.SB, AliDNS, DNSPod, NextDNS. Not complete and never can be: under default
+ * deny it only closes the detour "allowed name that points at a resolver".
+ */
+export const knownResolvers: readonly string[] = [
+  '8.8.8.8', '8.8.4.4', '2001:4860:4860::8888', '2001:4860:4860::8844',
+  '1.1.1.1', '1.0.0.1', '1.1.1.2', '1.0.0.2', '1.1.1.3', '1.0.0.3', '2606:4700:4700::/48',
+  '9.9.9.9', '9.9.9.10', '9.9.9.11', '149.112.112.112', '149.112.112.10', '149.112.112.11', '2620:fe::/48',
+  '208.67.222.222', '208.67.220.220', '208.67.222.123', '208.67.220.123', '2620:119:35::35', '2620:119:53::53',
+  '94.140.14.14', '94.140.15.15', '94.140.14.15', '94.140.15.16', '94.140.14.140', '94.140.14.141', '2a10:50c0::/32',
+  '185.228.168.9', '185.228.169.9', '185.228.168.10', '185.228.169.11', '185.228.168.168', '185.228.169.168',
+  '76.76.2.0/24', '76.76.10.0/24', '194.242.2.0/24',
+  '185.222.222.222', '45.11.45.11', '223.5.5.5', '223.6.6.6', '120.53.53.53', '1.12.12.12', '45.90.28.0/24', '45.90.30.0/24',
+]
