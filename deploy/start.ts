@@ -1,6 +1,7 @@
 /**
  * `npm start`: a lifecycle server and a gateway as two processes, until Ctrl-C. The first run writes `.sallyport/config.toml` with keys of its own;
- * later runs use it as it is, so it is the place to change things. `--state <folder>` keeps everything in another folder.
+ * later runs use it as it is, so it is the place to change things. `--state <folder>` keeps everything in another folder; `--prepare` writes
+ * the files and starts nothing (for compose.yaml).
  */
 import { execa } from 'execa'
 import { randomBytes } from 'node:crypto'
@@ -32,23 +33,37 @@ type Running = { name: string; ended: Promise<string>; stop(signal: NodeJS.Signa
 process.exitCode = await main()
 
 async function main(): Promise<number> {
-  const { values } = parseArgs({ options: { state: { type: 'string', default: path.join(top, '.sallyport') } } })
+  const { values } = parseArgs({ options: { state: { type: 'string', default: path.join(top, '.sallyport') }, prepare: { type: 'boolean', default: false } } })
   const configFile = ensureConfig(path.resolve(values.state))
-  const settings = parse(readFileSync(configFile, 'utf8')) as Settings
+  const settings = readSettings(configFile)
+  if (settings === undefined) return 64
   const addresses = readAddresses(settings)
-  const stopping = Promise.withResolvers<'stopped'>()
-  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => stopping.resolve('stopped'))
+  const flags = gatewayFlags(path.dirname(configFile), settings, addresses)
+  if (values.prepare) return 0
 
-  const programs = [startProgram('server', ['server/main.ts', '--config', configFile]), startProgram('gateway', ['gateway/main.ts', ...gatewayFlags(path.dirname(configFile), settings, addresses)])]
-  const over = Promise.race([stopping.promise, ...programs.map(async ({ name, ended }) => `the ${name} ${await ended}`)])
-  const ready = Promise.all([waitUntilReady(`${addresses.serverUrl}/health`), waitUntilReady(`${addresses.gatewayUrl}/status.ok`)])
-  const first = await Promise.race([over, ready.then(() => 'ready', (error: Error) => error.message)])
-  if (first === 'ready') printAddresses(configFile, addresses)
-  const reason = first === 'ready' ? await over : first
+  const stop = Promise.withResolvers<'stopped'>()
+  for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => stop.resolve('stopped'))
+  const programs: Running[] = []
+  const start = (name: string, args: readonly string[], readyUrl: string) => {
+    programs.push(startProgram(name, args))
+    return firstOf(programs, stop.promise, waitUntilReady(readyUrl))
+  }
+  let reason = await start('server', ['server/main.ts', '--config', configFile], `${addresses.serverUrl}/health`)
+  if (reason === 'ready') reason = await start('gateway', ['gateway/main.ts', ...flags], `${addresses.gatewayUrl}/status.ok`)
+  if (reason === 'ready') {
+    printAddresses(configFile, addresses)
+    reason = await firstOf(programs, stop.promise)
+  }
 
-  if (reason !== 'stopped') console.error(`start: ${reason}; ending the other`)
+  if (reason !== 'stopped') console.error(`start: ${reason}${programs.length > 1 ? '; ending the other' : ''}`)
   await endAll(programs)
   return reason === 'stopped' ? 0 : 1
+}
+
+/** What happens first: somebody wants to stop, a program ends, or (when asked for) `ready` settles. */
+function firstOf(programs: readonly Running[], stopped: Promise<'stopped'>, ready?: Promise<void>): Promise<string> {
+  const ends = programs.map(async ({ name, ended }) => `the ${name} ${await ended}`)
+  return Promise.race([stopped, ...ends, ...(ready === undefined ? [] : [ready.then(() => 'ready', (error: Error) => error.message)])])
 }
 
 /** The configuration file, made with random keys when there is none. Readable by its owner alone: it holds them. */
@@ -72,6 +87,15 @@ function ensureConfig(folder: string): string {
   writeFileSync(file, `# Made by the first npm start. Holds secrets: keep it readable by its owner alone.\n${stringify(config)}`, { mode: 0o600, flag: 'wx' })
   console.log(`start: wrote ${path.relative(process.cwd(), file)} with new keys`)
   return file
+}
+
+function readSettings(file: string): Settings | undefined {
+  try {
+    return parse(readFileSync(file, 'utf8')) as Settings
+  } catch (error) {
+    console.error(`start: ${file}: ${(error as Error).message}`)
+    return undefined
+  }
 }
 
 function readAddresses({ server, ingress }: Settings) {
@@ -117,6 +141,7 @@ async function waitUntilReady(url: string): Promise<void> {
 }
 
 function statusOf(url: string): Promise<number | undefined> {
+  if (!URL.canParse(url)) return Promise.resolve(undefined)
   return new Promise((resolve) => {
     const call = request(url, { timeout: 2000 }, (response) => {
       response.resume()

@@ -11,7 +11,7 @@ const eventInterval = 300
 const blockLength = 65_536
 
 /** Byte i of `/bytes/<n>` is i mod 251: a prime, so that no block boundary repeats it. */
-const pattern = Buffer.from(Array.from({ length: 251 * blockLength }, (_, i) => i % 251))
+const pattern = Buffer.alloc(blockLength + 251, Buffer.from(Array.from({ length: 251 }, (_, i) => i)))
 
 function handle(request: IncomingMessage, response: ServerResponse): void {
   const path = (request.url ?? '/').split('?', 1)[0]!
