@@ -30,6 +30,7 @@ export type ContainerSpec = {
   readonly pids: number
   /** -1 all, 0 none. */
   readonly gpus: number
+  /** The image cannot be written; `/run` and `/tmp` are small, in memory. */
   readonly readOnly: boolean
   readonly platform: Platform | null
   /** Private: a cgroup namespace of its own. Host: it sees its real path, which the sidecar's exemption needs. */
@@ -92,9 +93,9 @@ export function embeddedDns(config: Config): string[] {
 }
 
 function sandboxLabels(record: SandboxRecord): Record<string, string> {
-  const found: Record<string, string> = { [labels.id]: record.id }
-  if (record.expiresAt === null) found[labels.manualCleanup] = 'true'
-  else found[labels.expiresAt] = new Date(record.expiresAt).toISOString().replace('Z', '000+00:00')
+  // Both always: an image brings labels of its own, and one of them might say "true".
+  const found: Record<string, string> = { [labels.id]: record.id, [labels.manualCleanup]: String(record.expiresAt === null) }
+  if (record.expiresAt !== null) found[labels.expiresAt] = new Date(record.expiresAt).toISOString().replace('Z', '000+00:00')
   if (record.platform !== null) {
     found[labels.platformOs] = record.platform.os
     found[labels.platformArch] = record.platform.arch

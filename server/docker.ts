@@ -213,6 +213,7 @@ function toOptions(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
       Dns: [...spec.dns],
       ...cgroups,
       ReadonlyRootfs: spec.readOnly,
+      ...(spec.readOnly ? { Tmpfs: { '/run': 'rw,nosuid,nodev,noexec,size=4m', '/tmp': 'rw,nosuid,nodev,noexec,size=16m' } } : {}),
       PidsLimit: spec.pids,
       ...(spec.memory > 0 ? { Memory: spec.memory } : {}),
       ...(spec.nanoCpus > 0 ? { NanoCpus: spec.nanoCpus } : {}),

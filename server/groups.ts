@@ -30,6 +30,9 @@ export type GroupsDeps = {
   readonly report: (event: string, id: string, detail: Record<string, unknown>) => void
 }
 
+const portAttempts = 3
+const portTaken = /port is already allocated|ports are not available|address already in use|bind: /
+
 type Entry = { group: Group; queue: Promise<unknown>; abort: AbortController; removing: boolean; dirty: boolean; busy: number }
 
 export class Groups {
@@ -76,6 +79,10 @@ export class Groups {
       const outcome = await Promise.race([made, outOfTime])
       if (outcome === 'waiting' && entry.group.record.phase === 'creating') this.#update(entry, { announced: true })
       return entry.group
+    } catch (error) {
+      // The store did not take the promise: then nobody is told the id.
+      if (entry.group.record.phase === 'creating') this.#abandon(entry, 'The server could not write its store.')
+      throw error
     } finally {
       clearTimeout(timer)
       made.catch(() => undefined)
@@ -152,17 +159,20 @@ export class Groups {
     for (const outcome of await Promise.allSettled(work)) if (outcome.status === 'rejected') this.#deps.report('sweep-failed', '', { error: String(outcome.reason) })
   }
 
-  /** No create is accepted any more; those under way are finished or undone. Sandboxes keep running. */
-  async close(): Promise<void> {
+  /** No create is accepted any more; those under way may finish within `grace` ms, then are undone. Sandboxes keep running. */
+  async close(grace: number): Promise<void> {
     this.#closed = true
     this.#expiry.close()
-    await Promise.allSettled([...this.#entries.values()].map((entry) => entry.queue))
+    const idle = (): Promise<unknown> => Promise.allSettled([...this.#entries.values()].map((entry) => entry.queue))
+    let timer: NodeJS.Timeout | undefined
+    await Promise.race([idle(), new Promise((resolve) => { timer = setTimeout(resolve, grace) })])
+    clearTimeout(timer)
+    for (const entry of this.#entries.values()) if (entry.group.record.phase === 'creating') this.#abandon(entry, 'The server is shutting down.')
+    await idle()
   }
 
   async #newRecord(request: CreateRequest): Promise<SandboxRecord> {
     const now = this.#deps.now()
-    // A secured sandbox is only reached through the gateway, which asks for its token.
-    const publish = this.#deps.config.ingress.mode === 'direct'
     return {
       id: newSandboxId(), phase: 'creating', announced: false, reason: null, message: null,
       createdAt: now, changedAt: now, keepUntil: null,
@@ -170,7 +180,7 @@ export class Groups {
       image: request.image, entrypoint: request.command, metadata: request.metadata, platform: request.platform,
       egress: request.networkPolicy === null ? null : { token: newToken(), policy: request.networkPolicy },
       secureAccessToken: request.secureAccess ? newToken() : null,
-      hostPorts: publish ? { http: await this.#deps.ports.take(), ...(request.networkPolicy === null ? {} : { egress: await this.#deps.ports.take() }) } : {},
+      hostPorts: await this.#takePorts(request),
       renewExtendSeconds: request.renewExtendSeconds,
     }
   }
@@ -182,7 +192,7 @@ export class Groups {
     try {
       await this.#deps.workshop.prepare(entry.group.record, request, progress, entry.abort.signal)
       progress('Sandbox container is starting.')
-      await this.#run(entry, plan('built', membersOf(entry.group.record), []), request)
+      await this.#build(entry, request)
       this.#deps.report('created', id, { milliseconds: this.#deps.now() - started })
     } catch (error) {
       const fault = toApiError(error)
@@ -190,6 +200,26 @@ export class Groups {
       await this.#undo(entry, fault.code, fault.message)
       throw fault
     }
+  }
+
+  /** In direct mode somebody else may take a host port between our check and Docker's: then with other ports, from the start. */
+  async #build(entry: Entry, request: CreateRequest): Promise<void> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await this.#run(entry, plan('built', membersOf(entry.group.record), entry.group.facts), request)
+      } catch (error) {
+        if (attempt === portAttempts || !(error instanceof EngineError) || !portTaken.test(error.message)) throw error
+        await this.#reach(entry, 'ended')
+        const old = Object.values(entry.group.record.hostPorts)
+        this.#update(entry, { hostPorts: await this.#takePorts(request) })
+        this.#deps.ports.release(old)
+      }
+    }
+  }
+
+  async #takePorts(request: CreateRequest): Promise<SandboxRecord['hostPorts']> {
+    if (this.#deps.config.ingress.mode !== 'direct') return {}
+    return { http: await this.#deps.ports.take(), ...(request.networkPolicy === null ? {} : { egress: await this.#deps.ports.take() }) }
   }
 
   /** Nothing of a failed create may be left. The cause stays visible to a client that was told the id. */
@@ -224,7 +254,7 @@ export class Groups {
   }
 
   async #read(entry: Entry): Promise<void> {
-    const found = await this.#deps.engine.list([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(entry.group.record.id)}`])
+    const found = await this.#containers(entry.group.record.id)
     if (sameFacts(entry.group.facts, found)) return
     const before = entry.group.facts.length
     this.#set(entry, { facts: found.map(toFact), record: before === 0 ? entry.group.record : { ...entry.group.record, changedAt: this.#deps.now() } })
@@ -257,8 +287,10 @@ export class Groups {
     this.#deps.report('gone', id, {})
   }
 
-  /** Containers of ours without a record: the store was lost or replaced. */
-  async #recover(id: string, found: readonly Found[]): Promise<void> {
+  /** Containers of ours without a record: the store was lost or replaced. `seen` may be stale, so they are looked up again. */
+  async #recover(id: string, seen: readonly Found[]): Promise<void> {
+    const found = id === '' ? seen : await this.#containers(id)
+    if (this.#entries.has(id) || found.length === 0) return
     const record = recordFromLabels(id, found)
     if (record !== null) {
       this.#deps.store.put(record)
@@ -268,6 +300,10 @@ export class Groups {
     }
     for (const container of found) await this.#deps.engine.remove(container.containerId)
     this.#deps.report('orphan-removed', id, {})
+  }
+
+  #containers(id: string): Promise<Found[]> {
+    return this.#deps.engine.list([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
   }
 
   async #expire(id: string): Promise<void> {

@@ -1,9 +1,10 @@
 /**
  * Keeps sandboxes off the host. Docker's own isolation leaves neighbours' published ports, every service of the host
  * and the cloud's metadata address open to a container; these rules close them, with or without a network policy.
- * Several servers may share the tables: chains are the same for all, what differs are set elements, and every server
- * leaves a claim that keeps the tables alive. The only file of the server that starts a program (`nft`).
+ * Several servers may share the tables: chains are the same for all, what differs are set elements, and the tables stay
+ * as long as a bridge they guard exists. The only file of the server that starts a program (`nft`).
  */
+import { existsSync } from 'node:fs'
 import { execa } from 'execa'
 import ipaddr from 'ipaddr.js'
 import type { Upstream } from './config.ts'
@@ -17,8 +18,6 @@ export type Guarded = {
   readonly subnets: readonly string[]
   readonly resolvers: readonly Upstream[]
   readonly floor: readonly string[]
-  /** This server's mark, see `instanceMark`. */
-  readonly claim: number
 }
 
 /** Runs nft; a seam for tests. @throws when it fails */
@@ -52,7 +51,6 @@ export function guardText(guarded: Guarded): string {
     `add table ${t}`,
     `add set ${t} bridges { type ifname; }`,
     `add set ${t} isolated { type ifname; }`,
-    `add set ${t} claims { type mark; }`,
     `add set ${t} floor4 { type ipv4_addr; flags interval; auto-merge; }`,
     `add set ${t} floor6 { type ipv6_addr; flags interval; auto-merge; }`,
     `add set ${t} resolvers4 { type ipv4_addr . inet_proto . inet_service; }`,
@@ -78,7 +76,6 @@ export function guardText(guarded: Guarded): string {
     ...elements(t, 'floor6', v6),
     ...elements(t, 'resolvers4', resolvers('ipv4')),
     ...elements(t, 'resolvers6', resolvers('ipv6')),
-    ...elements(t, 'claims', [String(guarded.claim)]),
     `add table ${b}`,
     `add set ${b} subnets { type ipv4_addr; flags interval; auto-merge; }`,
     `add counter ${b} to_neighbour`,
@@ -98,15 +95,26 @@ export class HostGuard {
     await this.#nft(['-f', '-'], guardText(guarded))
   }
 
-  /**
-   * Takes this server's claim back, and a bridge that no longer exists. The tables go with the last claim.
-   * A claim that was not there is fine.
-   */
-  async release(claim: number, gone: string | null): Promise<void> {
-    await this.#nft(['-f', '-'], `delete element inet ${guardTable} claims { ${claim} }\n`).catch(() => undefined)
-    if (gone !== null) await this.#nft(['-f', '-'], `delete element inet ${guardTable} bridges { "${gone}" }\ndelete element inet ${guardTable} isolated { "${gone}" }\n`).catch(() => undefined)
-    const left = await this.#nft(['-j', 'list', 'set', 'inet', guardTable, 'claims'], '').catch(() => '')
-    if (left === '' || /"elem"/.test(left)) return
-    await this.#nft(['-f', '-'], `delete table inet ${guardTable}\ndelete table bridge ${guardTable}\n`)
+  /** A network of ours is gone: its addresses may become anybody's. Elements that were not there are fine. */
+  async forget(subnets: readonly string[]): Promise<void> {
+    for (const subnet of subnets) await this.#nft(['-f', '-'], `delete element bridge ${guardTable} subnets { ${subnet} }\n`).catch(() => undefined)
   }
+
+  /** Drops bridges that no longer exist and, with the last one, the tables: nobody's sandbox can need them. */
+  async release(exists: (bridge: string) => boolean = bridgeExists): Promise<void> {
+    const listed = await this.#nft(['list', 'set', 'inet', guardTable, 'bridges'], '').catch(() => null)
+    if (listed === null) return
+    const bridges = [.../elements = \{([^}]*)\}/.exec(listed)?.[1]?.matchAll(/"([^"]+)"/g) ?? []].map((match) => match[1] as string)
+    if (!bridges.some(exists)) {
+      await this.#nft(['-f', '-'], `delete table inet ${guardTable}\ndelete table bridge ${guardTable}\n`)
+      return
+    }
+    for (const bridge of bridges.filter((name) => !exists(name))) {
+      for (const set of ['bridges', 'isolated']) await this.#nft(['-f', '-'], `delete element inet ${guardTable} ${set} { "${bridge}" }\n`).catch(() => undefined)
+    }
+  }
+}
+
+function bridgeExists(bridge: string): boolean {
+  return existsSync(`/sys/class/net/${bridge}`)
 }

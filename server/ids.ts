@@ -5,6 +5,11 @@ export function newSandboxId(): string {
   return randomUUID()
 }
 
+/** For servers that were given no name of their own. */
+export function newInstance(): string {
+  return randomBytes(8).toString('hex')
+}
+
 /** 24 random bytes, URL-safe, 32 characters: the form the original uses for its tokens. */
 export function newToken(): string {
   return randomBytes(24).toString('base64url')
@@ -20,9 +25,4 @@ export function groupHash(sandboxId: string): string {
 
 export function containerName(sandboxId: string, member: string): string {
   return `sallyport-${groupHash(sandboxId)}-${member}`
-}
-
-/** 31 bits that stand for an instance in the host's firewall, never 0. */
-export function instanceMark(instance: string): number {
-  return (createHash('sha256').update(`sallyport-instance:${instance}`).digest().readUInt32BE(0) >>> 1) || 1
 }

@@ -9,7 +9,7 @@ import { Docker } from './docker.ts'
 import { Groups } from './groups.ts'
 import { HostGuard } from './host-guard.ts'
 import { HostPorts } from './host-ports.ts'
-import { instanceMark, newToken } from './ids.ts'
+import { newInstance } from './ids.ts'
 import { Images } from './images.ts'
 import { SandboxNetwork } from './network.ts'
 import { RouteStream } from './route-stream.ts'
@@ -27,10 +27,10 @@ const exitNoRights = 77
 const config = readConfigOrExit()
 const log = pino({ level: pinoLevel(config.log.level) })
 const store = openOr(() => new Store(config.store.path), 'the store cannot be opened')
-const instance = store.instance(config.docker.instance, () => newToken().toLowerCase().replace(/[^a-z0-9]/g, '').slice(0, 16))
+const instance = store.instance(config.docker.instance, newInstance)
 const engine = new Docker(config.docker.api_timeout * 1000)
 const guard = config.docker.host_guard === 'on' ? new HostGuard() : null
-const network = new SandboxNetwork(config, { engine, guard, claim: instanceMark(instance) })
+const network = new SandboxNetwork(config, { engine, guard })
 const routes = new RouteStream()
 const ports = new HostPorts(config.server.host)
 const confirm = createConfirmRules(config.egress.ready_seconds * 1000)
@@ -86,7 +86,7 @@ async function stop(signal: string): Promise<void> {
   setTimeout(() => process.exit(1), 20_000).unref()
   routes.close()
   await server.close()
-  await groups.close()
+  await groups.close(8000)
   await watch.close()
   await confirm.close()
   await network.release().catch((error: unknown) => log.warn({ event: 'release-failed', error: String(error) }))

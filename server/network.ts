@@ -12,7 +12,7 @@ export type Networks = {
   removeNetwork(name: string): Promise<void>
   users(network: string): Promise<string[]>
 }
-export type NetworkDeps = { readonly engine: Networks; readonly guard: HostGuard | null; readonly claim: number }
+export type NetworkDeps = { readonly engine: Networks; readonly guard: HostGuard | null }
 
 /** How sandboxes are kept apart; shown by readiness. */
 export type Isolation = 'isolated' | 'host guard off' | 'default bridge: neighbours are not isolated' | 'named network: neighbours are not isolated'
@@ -23,6 +23,7 @@ export class SandboxNetwork {
   readonly #config: Config
   readonly #deps: NetworkDeps
   readonly #own: boolean
+  #subnets: readonly string[] = []
   #ready: Promise<NetworkFact> | null = null
 
   constructor(config: Config, deps: NetworkDeps) {
@@ -63,9 +64,12 @@ export class SandboxNetwork {
     if (this.#own) {
       const network = await this.#deps.engine.network(this.name)
       // Another server on this engine may just be making a sandbox: then Docker refuses, and we leave everything.
-      if (network !== null && network.labels[labels.role] === 'network') await this.#deps.engine.removeNetwork(this.name)
+      if (network !== null && network.labels[labels.role] === 'network') {
+        await this.#deps.engine.removeNetwork(this.name)
+        await this.#deps.guard?.forget(network.subnets)
+      }
     }
-    await this.#deps.guard?.release(this.#deps.claim, this.#own ? this.#config.docker.bridge_name : null)
+    await this.#deps.guard?.release()
   }
 
   async #make(): Promise<NetworkFact> {
@@ -82,6 +86,9 @@ export class SandboxNetwork {
     if (this.#own && network.bridge !== this.#config.docker.bridge_name) {
       throw new ApiError('DOCKER::SANDBOX_START_FAILED', `The Docker network "${this.name}" exists with another bridge than docker.bridge_name; remove it or name another.`)
     }
+    const subnets = network.subnets
+    await this.#deps.guard?.forget(this.#subnets.filter((old) => !subnets.includes(old)))
+    this.#subnets = subnets
     await this.#deps.guard?.apply(this.#guarded(network))
     return network
   }
@@ -95,7 +102,6 @@ export class SandboxNetwork {
       subnets: (network?.subnets ?? []).filter((subnet) => !subnet.includes(':')),
       resolvers: this.#config.upstreams,
       floor: this.#config.docker.floor,
-      claim: this.#deps.claim,
     }
   }
 }

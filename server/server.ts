@@ -32,7 +32,7 @@ export function createServer(deps: ServerDeps): FastifyInstance {
     requestTimeout: 60_000,
     http: { maxHeaderSize: 32 * 1024 },
     routerOptions: { ignoreTrailingSlash: true, maxParamLength: 256 },
-    forceCloseConnections: true,
+    forceCloseConnections: 'idle',
     logger: false,
     requestIdHeader: headerNames.requestId,
     genReqId: () => randomUUID().replaceAll('-', ''),

@@ -1,0 +1,205 @@
+/** The lifecycle API as clients see it, with a fake engine behind. */
+import { once } from 'node:events'
+import t from 'tap'
+import { request } from 'undici'
+import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
+
+t.test('who may ask', async (t) => {
+  await using bench = new Bench()
+  const cases: [why: string, url: string, key: string, status: number, code?: string][] = [
+    ['no key', '/v1/sandboxes', '', 401, 'MISSING_API_KEY'],
+    ['wrong key', '/v1/sandboxes', 'k2', 401, 'INVALID_API_KEY'],
+    ['part of the key', '/v1/sandboxes', 'k', 401, 'INVALID_API_KEY'],
+    ['an unknown path says nothing without the key', '/nope', '', 401, 'MISSING_API_KEY'],
+    ['and is unknown with it', '/nope', 'k1', 404, 'NOT_FOUND'],
+    ['health is open', '/health', '', 200],
+    ['readiness too', '/health/ready', '', 200],
+    ['what only begins like health is not', '/healthy', '', 401, 'MISSING_API_KEY'],
+    ['the route stream wants its own token', '/internal/v1/routes', 'k1', 401, 'INVALID_ROUTE_TOKEN'],
+    ['only bare', '/v1/health', 'k1', 404, 'NOT_FOUND'],
+  ]
+  for (const [why, url, key, status, code] of cases) {
+    const answer = await bench.app.inject({ url, headers: key === '' ? {} : { 'open-sandbox-api-key': key } })
+    t.equal(answer.statusCode, status, why)
+    if (code !== undefined) t.equal(answer.json().code, code, why)
+    t.match(answer.headers['x-request-id'], /^[0-9a-f]{32}$/, `${why}: has a request id`)
+  }
+})
+
+t.test('the envelope', async (t) => {
+  await using bench = new Bench()
+  t.equal((await bench.call('GET', '/v1/sandboxes', undefined, { 'x-request-id': 'mine' })).headers['x-request-id'], 'mine')
+  t.match(await bench.call('PUT', '/v1/sandboxes'), { status: 405, body: { code: 'METHOD_NOT_ALLOWED' } })
+  t.match(await bench.call('POST', '/v1/sandboxes', 'x'.repeat(1_100_000)), { status: 413, body: { code: 'BODY_TOO_LARGE' } })
+  t.match(await bench.call('POST', '/v1/sandboxes', '{'), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message: 'body: is not JSON' } })
+  t.match(await bench.call('POST', '/v1/sandboxes', 'a=b', { 'content-type': 'text/html' }), { status: 400, body: { message: 'body: must be application/json' } })
+  t.equal((await bench.call('GET', '/v1/sandboxes/')).status, 200, 'a trailing slash')
+  const preflight = await bench.app.inject({ method: 'OPTIONS', url: '/v1/sandboxes', headers: { origin: 'http://a', 'access-control-request-method': 'POST', 'access-control-request-headers': 'x' } })
+  t.match([preflight.statusCode, preflight.headers], [200, { 'access-control-allow-origin': 'http://a', 'access-control-allow-headers': 'x', 'access-control-max-age': '600', vary: 'Origin' }])
+  const plain = await bench.call('GET', '/nope', undefined, { origin: 'http://a' })
+  t.match(plain, { status: 404, headers: { 'access-control-allow-origin': 'http://a', 'access-control-allow-credentials': 'true' } }, 'errors carry it too')
+})
+
+t.test('the life of a sandbox', async (t) => {
+  await using bench = new Bench()
+  t.match((await bench.call('GET', '/sandboxes')).body, { items: [], pagination: { page: 1, pageSize: 20, totalItems: 0, totalPages: 0, hasNextPage: false } })
+  const created = await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody, metadata: { team: 'x', 'example.com/k': 'v' }, env: { A: 'b', N: null, E: '' }, resourceLimits: { cpu: '500m', memory: '64Mi' } })
+  t.match(created, { status: 202, body: { status: { state: 'Running', reason: 'CONTAINER_RUNNING', message: 'Sandbox container started successfully.' }, metadata: { team: 'x' }, expiresAt: '2026-01-01T00:10:00.000Z', createdAt: '2026-01-01T00:00:00.000Z', entrypoint: ['sleep', '1'] } })
+  const { id } = created.body
+  t.same(bench.engine.calls.filter((call) => /^(create|start)/.test(call)), ['create network', 'create egress', 'start egress', 'create main', 'start main'])
+
+  const [egress, main] = ['egress', 'main'].map((role) => bench.engine.kept.get(bench.engine.find(role))!.spec)
+  t.match(egress, { network: { name: 'sallyport' }, capDrop: ['ALL'], capAdd: ['NET_ADMIN'], securityOpt: ['no-new-privileges:true'], cgroupns: 'host', readOnly: true })
+  t.ok(egress!.env.includes('OPENSANDBOX_EGRESS_RULES={"defaultAction":"deny","egress":[{"action":"allow","target":"a.example"}]}'))
+  t.ok(egress!.env.includes('OPENSANDBOX_EGRESS_DNS_UPSTREAM=198.51.100.53:53'))
+  t.match(main, { network: { join: bench.engine.find('egress') }, env: ['A=b', 'E='], memory: 67108864, nanoCpus: 5e8, pids: 4096, sysctls: {}, capAdd: [] })
+  t.ok(['NET_ADMIN', 'NET_RAW'].every((cap) => main!.capDrop.includes(cap)))
+  for (const spec of [egress!, main!]) t.notOk(spec.name.includes(id) || spec.name.includes(id.slice(0, 8)), 'a name neighbours can see does not hold the id')
+
+  t.match((await bench.call('GET', `/v1/sandboxes/${id}`)).body, { id, image: { uri: 'image:1' }, status: { state: 'Running', message: 'Sandbox container is running.' } })
+  t.match(await bench.call('POST', `/v1/sandboxes/${id}/pause`, '', { 'content-type': 'application/json' }), { status: 202, headers: { 'content-length': '0' } })
+  t.match(await bench.call('POST', `/v1/sandboxes/${id}/pause`), { status: 409, body: { code: 'DOCKER::SANDBOX_NOT_RUNNING' } })
+  t.equal((await bench.call('GET', `/v1/sandboxes/${id}`)).body.status.state, 'Paused')
+  t.equal((await bench.call('POST', `/v1/sandboxes/${id}/resume`)).status, 202)
+  t.match(await bench.call('POST', `/v1/sandboxes/${id}/resume`), { status: 409, body: { code: 'DOCKER::SANDBOX_NOT_PAUSED' } })
+  t.equal((await bench.call('DELETE', `/v1/sandboxes/${id}`)).status, 204)
+  t.equal(bench.engine.kept.size, 0)
+  for (const [method, path] of [['GET', ''], ['DELETE', ''], ['POST', '/pause'], ['POST', '/resume'], ['GET', '/endpoints/80']] as const) {
+    t.match(await bench.call(method, `/v1/sandboxes/${id}${path}`), { status: 404, body: { code: 'DOCKER::SANDBOX_NOT_FOUND' } }, `${method} ${path}`)
+  }
+})
+
+t.test('without a policy there is no sidecar, and main owns its namespace', async (t) => {
+  await using bench = new Bench()
+  await bench.create()
+  t.equal(bench.engine.kept.size, 1)
+  t.match(bench.engine.kept.get(bench.engine.find('main'))?.spec, { network: { name: 'sallyport' }, sysctls: { 'net.ipv6.conf.default.disable_ipv6': '1' }, dns: ['198.51.100.53'] })
+})
+
+t.test('renew', async (t) => {
+  await using bench = new Bench()
+  const id = await bench.create()
+  const renew = (expiresAt: unknown) => bench.call('POST', `/sandboxes/${id}/renew-expiration`, { expiresAt })
+  const cases: [unknown, number, unknown][] = [
+    ['2026-11-22T14:50:00.123456789+08:00', 200, { expiresAt: '2026-11-22T06:50:00.123Z' }],
+    ['2026-02-01T00:00:00', 200, { expiresAt: '2026-02-01T00:00:00.000Z' }],
+    ['2025-02-01T00:00:00Z', 400, { code: 'DOCKER::INVALID_EXPIRATION' }],
+    ['tomorrow', 400, { code: 'SANDBOX::INVALID_PARAMETER' }],
+    ['2026-13-01T00:00:00Z', 400, { code: 'SANDBOX::INVALID_PARAMETER' }],
+    [undefined, 400, { code: 'SANDBOX::INVALID_PARAMETER' }],
+  ]
+  for (const [given, status, body] of cases) t.match(await renew(given), { status, body }, String(given))
+  t.equal(bench.store.all()[0]?.expiresAt, Date.UTC(2026, 1, 1), 'the store knows')
+  const manual = await bench.create({ timeout: null })
+  t.match(await bench.call('POST', `/sandboxes/${manual}/renew-expiration`, { expiresAt: '2027-01-01T00:00:00Z' }), { status: 409, body: { code: 'DOCKER::INVALID_EXPIRATION' } })
+  t.equal((await bench.call('POST', '/sandboxes/none/renew-expiration', { expiresAt: '2027-01-01T00:00:00Z' })).status, 404)
+})
+
+t.test('metadata', async (t) => {
+  await using bench = new Bench()
+  const id = await bench.create({ metadata: { a: '1', b: '2' } })
+  const patch = (body: unknown) => bench.call('PATCH', `/sandboxes/${id}/metadata`, body)
+  t.match((await patch({ a: null, c: '3' })).body.metadata, { b: '2', c: '3' })
+  t.same((await patch({ d: '4' })).body.metadata, { b: '2', c: '3', d: '4' }, 'what was deleted stays deleted')
+  t.same((await patch({})).body.metadata, { b: '2', c: '3', d: '4' })
+  t.match(await patch({ 'opensandbox.io/x': null }), { status: 400, body: { code: 'INVALID_METADATA_LABEL' } })
+  t.match(await patch({ e: 'a b' }), { status: 400, body: { code: 'SANDBOX::INVALID_METADATA_LABEL' } })
+  t.match(await patch({ e: 1 }), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER' } })
+  t.match(await patch('[]'), { status: 400 })
+  t.equal((await patch({ b: null, c: null, d: null })).body.metadata, undefined, 'an empty map is left out')
+})
+
+t.test('list', async (t) => {
+  await using bench = new Bench()
+  for (let i = 0; i < 5; i++) {
+    bench.clock.now += 1000
+    await bench.create({ metadata: { n: String(i), 'e.com/k': i % 2 === 0 ? 'even' : 'odd' } })
+  }
+  bench.engine.end([...bench.engine.kept.keys()][4]!, 3)
+  await bench.groups.sweep()
+  const names = async (query: string): Promise<string> => (await bench.call('GET', `/v1/sandboxes${query}`)).body.items.map((item: { metadata: { n: string } }) => item.metadata.n).join('')
+  bench.engine.calls.length = 0
+  const cases: [query: string, wanted: string][] = [
+    ['', '43210'], ['?state=running', '3210'], ['?state=Running&state=FAILED', '43210'], ['?state=', ''], ['?state=nope', ''],
+    ['?page=2&pageSize=2', '21'], ['?page=9', ''], ['?metadata=n%3D1', '1'], ['?metadata=e.com%2Fk%3Deven%26n%3D2', '2'],
+    ['?metadata=e.com%252Fk%3Dodd', '31'], ['?metadata=n%3D', ''], ['?metadata=', '43210'],
+  ]
+  for (const [query, wanted] of cases) t.equal(await names(query), wanted, query)
+  t.same(bench.engine.calls, [], 'the engine is not asked')
+  t.match((await bench.call('GET', '/sandboxes?pageSize=2')).body.pagination, { page: 1, pageSize: 2, totalItems: 5, totalPages: 3, hasNextPage: true })
+  for (const query of ['?page=0', '?pageSize=201', '?page=x', '?pageSize=-1']) t.match(await bench.call('GET', `/sandboxes${query}`), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER' } }, query)
+  t.match(await bench.call('GET', '/sandboxes?metadata=broken'), { status: 400, body: { code: 'INVALID_METADATA_FORMAT' } })
+})
+
+t.test('endpoints', async (t) => {
+  await using bench = new Bench()
+  const id = await bench.create(policyBody)
+  const secured = await bench.create({ secureAccess: true })
+  const get = async (path: string) => bench.call('GET', `/v1/sandboxes/${path}`)
+  t.same((await get(`${id}/endpoints/8080?use_server_proxy=false`)).body, { endpoint: `${id}-8080.sandbox.localhost:28888` })
+  t.match((await get(`${id}/endpoints/18080`)).body.headers, { 'OPENSANDBOX-EGRESS-AUTH': /^[\w-]{32}$/ })
+  t.equal((await get(`${secured}/endpoints/18080`)).body.headers['OPENSANDBOX-EGRESS-AUTH'], undefined, 'without a sidecar there is no token')
+  t.match((await get(`${secured}/endpoints/80`)).body.headers, { 'OpenSandbox-Secure-Access': /^[\w-]{32}$/ })
+  const signed = (await get(`${secured}/endpoints/80?expires=1900000000`)).body
+  t.match(signed.endpoint, new RegExp(`^${secured}-80-${(1_900_000_000).toString(36)}-[0-9a-f]{8}a\\.sandbox`), 'a signed endpoint')
+  t.equal(signed.headers, undefined, 'opens by itself')
+  const bad: [string, number, string][] = [
+    ['0', 400, 'DOCKER::INVALID_PORT'], ['65536', 400, 'DOCKER::INVALID_PORT'], ['-1', 400, 'DOCKER::INVALID_PORT'], ['http', 400, 'SANDBOX::INVALID_PARAMETER'],
+    ['80?expires=1', 400, 'SANDBOX::INVALID_PARAMETER'], ['80?expires=x', 400, 'SANDBOX::INVALID_PARAMETER'], ['80?use_server_proxy=maybe', 400, 'SANDBOX::INVALID_PARAMETER'], ['80?use_server_proxy=true', 501, 'NOT_IMPLEMENTED'],
+  ]
+  for (const [path, status, code] of bad) t.match(await get(`${id}/endpoints/${path}`), { status, body: { code } }, path)
+})
+
+t.test('direct mode', async (t) => {
+  await using bench = new Bench({ toml: '[server]\nhost = "127.0.0.1"\napi_key = "k1"\n[egress]\nimage = "egress:1"' })
+  const id = await bench.create(policyBody)
+  const spec = bench.engine.kept.get(bench.engine.find('egress'))!.spec
+  const [http, egress] = [spec.publish.get(8080), spec.publish.get(18080)]
+  t.ok(http! >= 40000 && http! <= 60000 && egress! >= 40000 && http !== egress)
+  t.equal(spec.publishAddress, '127.0.0.1')
+  t.same((await bench.call('GET', `/sandboxes/${id}/endpoints/8080`)).body, { endpoint: `127.0.0.1:${http}` })
+  t.match((await bench.call('GET', `/sandboxes/${id}/endpoints/18080`)).body, { endpoint: `127.0.0.1:${egress}`, headers: { 'OPENSANDBOX-EGRESS-AUTH': /./ } })
+  t.match(await bench.call('GET', `/sandboxes/${id}/endpoints/3000`), { status: 501 })
+  t.match(await bench.call('GET', `/sandboxes/${id}/endpoints/8080?expires=1900000000`), { status: 400, body: { code: 'SANDBOX::API_NOT_SUPPORTED' } })
+})
+
+t.test('what is not built says so', async (t) => {
+  await using bench = new Bench()
+  const cases: ['GET' | 'POST', string, string][] = [
+    ['POST', '/v1/sandboxes/a/snapshots', 'SNAPSHOT::NOT_IMPLEMENTED'], ['GET', '/snapshots', 'SNAPSHOT::NOT_IMPLEMENTED'], ['GET', '/v1/pools', 'KUBERNETES::POOL_NOT_SUPPORTED'],
+    ['GET', '/v1/sandboxes/a/diagnostics/logs?scope=all', 'DIAGNOSTICS_NOT_IMPLEMENTED'], ['GET', '/v1/sandboxes/a/proxy/80/x/y', 'NOT_IMPLEMENTED'],
+  ]
+  for (const [method, path, code] of cases) t.match(await bench.call(method, path), { status: 501, body: { code } }, path)
+})
+
+t.test('mode dns warns', async (t) => {
+  await using bench = new Bench({ toml: gatewayToml.replace('[egress]', '[egress]\nmode = "dns"') })
+  t.match((await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })).body.warnings, [/direct addresses are open/])
+  t.equal((await bench.call('POST', '/sandboxes', createBody)).body.warnings, undefined)
+})
+
+t.test('the route stream', async (t) => {
+  await using bench = new Bench()
+  const first = await bench.create()
+  const address = await bench.app.listen({ host: '127.0.0.1', port: 0 })
+  const { statusCode, body } = await request(`${address}/internal/v1/routes`, { headers: { authorization: 'Bearer route token' } })
+  t.equal(statusCode, 200)
+  const events: { type: string; id?: string; sandbox?: { id: string; state: string; host: string } }[] = []
+  let rest = ''
+  body.setEncoding('utf8').on('data', (chunk: string) => {
+    const lines = (rest + chunk).split('\n')
+    rest = lines.pop() ?? ''
+    events.push(...lines.map((line) => JSON.parse(line)))
+  })
+  const until = async (fits: () => boolean): Promise<void> => { while (!fits()) await once(body, 'data') }
+  await until(() => events.some((event) => event.type === 'synced'))
+  t.match(events, [{ type: 'reset' }, { type: 'put', sandbox: { id: first, state: 'Running', host: /^172/ } }, { type: 'synced' }])
+  const second = await bench.create()
+  await until(() => events.some((event) => event.sandbox?.id === second && event.sandbox.state === 'Running'))
+  t.match(events.find((event) => event.sandbox?.id === second), { sandbox: { state: 'Pending', host: '' } }, 'known while it is made, so that a gateway answers 503')
+  await bench.call('DELETE', `/sandboxes/${first}`)
+  await until(() => events.some((event) => event.type === 'delete'))
+  t.equal(events.at(-1)?.id, first)
+  body.on('error', () => undefined).destroy()
+  t.equal((await request(`${address}/internal/v1/routes`, { headers: { authorization: 'Bearer route' } }).then(async (r) => (await r.body.dump(), r.statusCode))), 401)
+})

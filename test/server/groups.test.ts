@@ -1,0 +1,175 @@
+/** What happens when something goes wrong while a sandbox is made, held or removed. */
+import { mkdtempSync, rmSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import t from 'tap'
+import { EngineError } from '../../server/docker.ts'
+import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
+import { FakeEngine } from './fake-engine.ts'
+
+t.test('a step that fails leaves nothing', async (t) => {
+  const steps = ['create network', 'create egress', 'start egress', 'address', 'create main', 'start main']
+  for (const step of steps) {
+    for (const when of ['before', 'after'] as const) {
+      await using bench = new Bench()
+      bench.engine[when] = (call) => { if (call === step) throw new EngineError('boom', 500) }
+      const answer = await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })
+      t.match(answer, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED' } }, `${when} ${step}`)
+      t.notMatch(answer.body.message, /boom/, 'the engine is not quoted')
+      t.equal(bench.engine.kept.size, 0, `${when} ${step}: no container`)
+      t.same(bench.store.all(), [], `${when} ${step}: no record`)
+    }
+  }
+})
+
+t.test('the gate does not confirm: main never exists', async (t) => {
+  await using bench = new Bench({ confirm: async () => { throw new Error('no rules') } })
+  t.equal((await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })).status, 500)
+  t.notOk(bench.engine.calls.includes('create main'))
+  t.equal(bench.engine.kept.size, 0)
+})
+
+t.test('the engine refuses a limit', async (t) => {
+  await using bench = new Bench()
+  bench.engine.before = (call) => { if (call === 'create main') throw new EngineError('Range of CPUs is from 0.01 to 2.00', 400) }
+  t.match(await bench.call('POST', '/sandboxes', createBody), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message: /Range of CPUs/ } })
+})
+
+/**
+ * A server killed after any engine call, in any create: the call has taken effect or not, the server never hears of it.
+ * The next one finds its store and the engine as they are.
+ */
+t.test('killed between any two steps', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sallyport-kill-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  let points = 0
+  for (const when of ['before', 'after'] as const) {
+    for (let killAt = 1; ; killAt++) {
+      const store = join(folder, `${when}-${killAt}.db`)
+      const engine = new FakeEngine()
+      const first = new Bench({ store, engine })
+      let calls = 0
+      const killed = Promise.withResolvers<void>()
+      engine[when] = () => {
+        if (++calls < killAt) return undefined
+        killed.resolve()
+        return new Promise(() => undefined)
+      }
+      const created = first.call('POST', '/sandboxes', { ...createBody, ...policyBody }).then((answer) => answer.status)
+      const outcome = await Promise.race([created, killed.promise])
+      engine.before = engine.after = () => undefined
+      // What a kill leaves: the file, not the process. The hung create of the first server never goes on.
+      first.abandon()
+      await using second = new Bench({ store, engine })
+      second.groups.load()
+      await second.groups.sweep()
+      const [record] = second.store.all()
+      const roles = [...engine.kept.values()].map((kept) => kept.spec.labels['sallyport.io/role']).sort()
+      const complete = record?.phase === 'ready' && roles.join() === 'egress,main'
+      t.ok(complete || (record === undefined && roles.length === 0), `${when} call ${killAt}: complete or gone`, { record, roles })
+      points++
+      if (outcome === 202) break
+    }
+  }
+  t.ok(points > 15, `${points} kill points`)
+})
+
+t.test('a promised sandbox that fails stays visible with its cause', async (t) => {
+  await using bench = new Bench({ toml: gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0') })
+  const gate = Promise.withResolvers<void>()
+  bench.engine.before = async (call) => { if (call === 'start main') { await gate.promise; throw new EngineError('boom', 500) } }
+  const answer = await bench.call('POST', '/sandboxes', createBody)
+  t.match(answer, { status: 202, body: { status: { state: 'Pending' } } })
+  gate.resolve()
+  await bench.groups.close(5000)
+  t.match((await bench.call('GET', `/sandboxes/${answer.body.id}`)).body.status, { state: 'Failed', reason: 'DOCKER::SANDBOX_START_FAILED', message: 'The sandbox could not be started.' })
+  t.equal(bench.engine.kept.size, 0, 'nothing else is left of it')
+})
+
+t.test('deleted while it is made', async (t) => {
+  await using bench = new Bench({ confirm: (_address, _token, signal) => new Promise((_resolve, reject) => signal.addEventListener('abort', () => reject(signal.reason))) })
+  const created = bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })
+  const seen = Promise.withResolvers<void>()
+  bench.engine.after = (call) => { if (call === 'address') seen.resolve() }
+  await seen.promise
+  const id = bench.groups.list()[0]!.record.id
+  t.equal((await bench.call('DELETE', `/sandboxes/${id}`)).status, 204)
+  t.equal((await created).status, 500)
+  t.equal(bench.engine.kept.size, 0)
+})
+
+t.test('the sidecar ends: so does the sandbox, with the reason', async (t) => {
+  for (const how of ['exits', 'is removed'] as const) {
+    await using bench = new Bench()
+    const id = await bench.create(policyBody)
+    if (how === 'exits') bench.engine.end(bench.engine.find('egress'), 137)
+    else bench.engine.kept.delete(bench.engine.find('egress'))
+    bench.groups.touch(id)
+    await bench.groups.close(5000)
+    t.match((await bench.call('GET', `/sandboxes/${id}`)).body.status, { state: 'Failed', reason: 'EGRESS_GONE' }, how)
+    t.equal(bench.engine.kept.size, 0, how)
+  }
+})
+
+t.test('the main container ends: the sandbox is Terminated or Failed, its sidecar goes', async (t) => {
+  for (const [code, state] of [[0, 'Terminated'], [127, 'Failed']] as const) {
+    await using bench = new Bench()
+    const id = await bench.create(policyBody)
+    bench.engine.end(bench.engine.find('main'), code)
+    await bench.groups.sweep()
+    t.equal((await bench.call('GET', `/sandboxes/${id}`)).body.status.state, state)
+    t.equal(bench.engine.find('egress'), '')
+    t.equal((await bench.call('DELETE', `/sandboxes/${id}`)).status, 204)
+  }
+})
+
+t.test('containers of ours without a record', async (t) => {
+  const engine = new FakeEngine()
+  const lost = new Bench({ engine })
+  const id = await lost.create({ ...policyBody, metadata: { a: 'b' } })
+  const orphan = await lost.create(policyBody)
+  const main = [...engine.kept].find(([, kept]) => kept.spec.labels['opensandbox.io/id'] === orphan)![0]
+  engine.kept.delete(main)
+  lost.abandon()
+  await using bench = new Bench({ engine })
+  await bench.groups.sweep()
+  t.match((await bench.call('GET', `/sandboxes/${id}`)).body, { metadata: { a: 'b' }, expiresAt: '2026-01-01T00:10:00.000Z' }, 'a complete one is taken back')
+  t.equal((await bench.call('GET', `/sandboxes/${orphan}`)).status, 404)
+  t.equal(engine.kept.size, 2, 'what is left of another is removed')
+})
+
+t.test('other instances are left alone', async (t) => {
+  await using bench = new Bench()
+  await bench.create()
+  const [, kept] = [...bench.engine.kept][0]!
+  bench.engine.kept.set('other', { ...kept, spec: { ...kept.spec, labels: { ...kept.spec.labels, 'sallyport.io/instance': 'another', 'opensandbox.io/id': 'x', 'sallyport.io/group': 'y' } } })
+  await bench.groups.sweep()
+  t.ok(bench.engine.kept.has('other'))
+  t.equal(bench.groups.size, 1)
+})
+
+t.test('expiry', async (t) => {
+  await using bench = new Bench()
+  const id = await bench.create(policyBody)
+  const renewed = await bench.create()
+  await bench.call('POST', `/sandboxes/${renewed}/renew-expiration`, { expiresAt: '2026-06-01T00:00:00Z' })
+  bench.clock.now += 600_001
+  const gone = Promise.withResolvers<void>()
+  bench.engine.after = (call) => { if (call === 'remove egress') gone.resolve() }
+  await gone.promise
+  await bench.groups.close(5000)
+  t.equal((await bench.call('GET', `/sandboxes/${id}`)).status, 404)
+  t.equal((await bench.call('GET', `/sandboxes/${renewed}`)).status, 200)
+  t.equal(bench.engine.kept.size, 1)
+})
+
+t.test('a pull is shared', async (t) => {
+  await using bench = new Bench()
+  const asked = Promise.withResolvers<void>()
+  bench.engine.before = (call) => {
+    if (bench.engine.calls.filter((each) => each === 'image').length === 3) asked.resolve()
+    return call.startsWith('pull') ? asked.promise : undefined
+  }
+  await Promise.all([1, 2, 3].map(() => bench.create({ image: { uri: 'far/away' } })))
+  t.equal(bench.engine.calls.filter((call) => call === 'pull far/away:latest').length, 1)
+})
