@@ -6,7 +6,6 @@ import { parseAccessKeys } from '#policies/access.ts'
 import { readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import type { Problem } from '#policies/problem.ts'
-import { routeModes } from '#policies/route.ts'
 import { wellKnownPorts } from '#policies/wire.ts'
 
 const milliseconds = (value: number, description: string) => Type.Integer({ minimum: 0, maximum: 86_400_000, default: value, description: `${description} (ms)` })
@@ -17,7 +16,7 @@ const text = (value: string, description: string) => Type.String({ default: valu
 export const GatewayConfigSchema = Type.Object({
   port: Type.Integer({ minimum: 0, maximum: 65_535, default: wellKnownPorts.gateway, description: 'listen port' }),
   host: text('', 'listen address; empty: all, IPv4 and IPv6'),
-  mode: Type.Union(routeModes.map((mode) => Type.Literal(mode)), { default: 'header', description: 'what names the sandbox: routing header or Host (`header`, `wildcard`), the path (`uri`), or all in that order (`auto`)' }),
+  mode: Type.Union([Type.Literal('header'), Type.Literal('wildcard'), Type.Literal('uri'), Type.Literal('auto')], { default: 'header', description: 'what names the sandbox: routing header or Host (`header`, `wildcard`), the path (`uri`), or all in that order (`auto`)' }),
   baseDomain: text('', 'only hosts below this domain name a sandbox; empty: any'),
   provider: Type.Union([Type.Literal('static'), Type.Literal('server')], { description: 'where routes come from' }),
   routes: text('', 'routes file of the static provider, read again when it changes'),

@@ -94,6 +94,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   server.maxHeadersCount = 0
   server.on('request', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, false))
   server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
+  server.on('checkExpectation', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
   server.on('upgrade', (request: IncomingMessage, socket: Socket, early: Buffer) => handleUpgrade(edge, request, socket, early))
   server.on('connect', (_request: IncomingMessage, socket: Socket) => answerRaw(socket, 405, 'OpenSandbox Ingress: CONNECT is not supported\n'))
   server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(error, socket))

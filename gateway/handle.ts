@@ -45,6 +45,7 @@ type Answer = ServerResponse & { [visitKey]?: Visit; [relayKey]?: HttpRelay; edg
 export function handle(edge: Edge, request: IncomingMessage, response: ServerResponse, awaitsContinue: boolean): void {
   // 1. Read the head once, and open the record of this request.
   const visit = begin(edge, request, response)
+  if (visit.peer.closing) return
   visit.awaitsContinue = awaitsContinue
   const answer = response as Answer
   answer[visitKey] = visit
@@ -123,13 +124,17 @@ type Refused = { readonly code: FaultCode; readonly detail: string }
 /** Fills in where the request goes, or says why it goes nowhere. Nothing here waits. */
 function admit(edge: Edge, visit: Visit): Refused | null {
   const { head, request } = visit
+  // Node reads other versions as if they were these; TE in HTTP/1.0 is an attack (RFC 9112 §6.1).
+  if (request.httpVersionMajor !== 1 || request.httpVersionMinor > 1) return { code: 'EDGE_BAD_REQUEST', detail: 'unsupported HTTP version' }
+  if (head.chunked && request.httpVersionMinor === 0) return { code: 'EDGE_BAD_REQUEST', detail: 'Transfer-Encoding in HTTP/1.0' }
   if (head.problem !== '') return { code: 'EDGE_BAD_REQUEST', detail: head.problem }
   if (edge.overloaded()) return { code: 'EDGE_OVERLOADED', detail: '' }
   const origin = originForm(request.url as string)
   if (origin === null) return { code: 'EDGE_BAD_REQUEST', detail: 'invalid request target' }
   if (origin.authority !== undefined) head.host = origin.authority
+  if (head.host !== undefined && !isHost(head.host)) return { code: 'EDGE_BAD_REQUEST', detail: 'malformed Host' }
 
-  const located = edge.locator.locate(head, head.host, origin.path)
+  const located = edge.locator.locate(head, origin.path)
   if (!located.ok) return notLocated(edge, visit, located)
   const now = performance.now()
   visit.sandbox = located.sandbox
@@ -190,6 +195,16 @@ function originForm(url: string): Target | null {
   if (authority === '' || authority.includes('@')) return null
   const path = url.slice(end)
   return { authority, path: path.startsWith('/') ? path : `/${path}` }
+}
+
+/** Letters, digits and what else may stand in a host name, an address or an escape, with a port (RFC 3986 §3.2.2, without sub-delims). */
+function isHost(host: string): boolean {
+  for (let i = 0; i < host.length; i++) {
+    const code = host.charCodeAt(i)
+    const plain = (code >= 0x61 && code <= 0x7a) || (code >= 0x30 && code <= 0x3a) || (code >= 0x41 && code <= 0x5b)
+    if (!plain && code !== 0x2d && code !== 0x2e && code !== 0x5f && code !== 0x5d && code !== 0x25 && code !== 0x7e) return false
+  }
+  return true
 }
 
 function onRefusal(visit: Visit, fault: Fault): void {

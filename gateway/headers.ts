@@ -22,6 +22,7 @@ const kinds = {
   requestId: 13,
   idempotencyKey: 14,
   forwardedPrefix: 15,
+  expect: 16,
 } as const
 type Kind = (typeof kinds)[keyof typeof kinds]
 
@@ -39,7 +40,7 @@ const requestFields: readonly (readonly [string, Kind])[] = [
   ['content-length', kinds.contentLength], //    said again by us when there is a body
   ['upgrade', kinds.upgrade], //                 hop-by-hop; upgrades have a relay of their own
   ['http2-settings', kinds.drop], //             belongs to Upgrade: h2c, RFC 7540 §3.2.1
-  ['expect', kinds.drop], //                     answered here once the sandbox takes the body, RFC 9110 §10.1.1
+  ['expect', kinds.expect], //                   answered here once the sandbox takes the body, RFC 9110 §10.1.1
   [headerNames.ingressTo, kinds.ingressTo],
   [headerNames.deprecatedIngressTo, kinds.deprecatedIngressTo],
   [headerNames.secureAccess, kinds.secureAccess],
@@ -163,6 +164,10 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
       case kinds.idempotencyKey:
         head.replayable = true
         out.push(name, value)
+        break
+      case kinds.expect:
+        // node:http finds `100-continue` anywhere in the value; it is the only expectation there is (RFC 9110 §10.1.1).
+        if (value.toLowerCase() !== '100-continue') head.problem = 'unsupported expectation'
         break
       case kinds.drop:
         break

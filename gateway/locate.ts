@@ -22,13 +22,18 @@ export type LocateOptions = {
   readonly baseDomain: string
 }
 
-/** Parsed tokens, good and bad ones: both come from clients, so the number is bounded. */
-const parsedTokens = 20_000
+const none = Symbol('names no sandbox')
+
+/** Parsed tokens and hosts, good and bad ones: both come from clients, so the number is bounded. */
+const remembered = 20_000
+const longestRemembered = 256
 
 export class Locator {
   readonly #options: LocateOptions
   readonly #table: RouteTable
-  readonly #tokens = new LRUCache<string, HostRoute | BadRoute>({ max: parsedTokens })
+  readonly #tokens = new LRUCache<string, HostRoute | BadRoute>({ max: remembered })
+  /** By the whole Host; `none`: it names no sandbox in this mode. */
+  readonly #hosts = new LRUCache<string, HostRoute | BadRoute | typeof none>({ max: remembered })
 
   constructor(options: LocateOptions, table: RouteTable) {
     this.#options = options
@@ -36,39 +41,35 @@ export class Locator {
   }
 
   /** @param origin the request target from its path on, raw */
-  locate(head: RequestHead, host: string | undefined, origin: string): Located | NotLocated {
+  locate(head: RequestHead, origin: string): Located | NotLocated {
     const { mode } = this.#options
-    if (mode !== 'uri') {
-      const token = firstNonEmpty(head.ingressTo, head.deprecatedIngressTo)
-      if (token !== '') return this.#byToken(token, origin)
-      const label = this.#hostLabel(host ?? '')
-      if (label !== '') return this.#byToken(label, origin)
-      if (mode !== 'auto') {
-        const why = host === undefined || host === '' ? "missing header 'Opensandbox-Ingress-To' or 'Host'" : `invalid ingress route: invalid host: ${host}`
-        return { ok: false, fault: 'EDGE_BAD_ROUTE', detail: why, route: null }
-      }
-    }
-    return this.#byPath(origin)
+    if (mode === 'uri') return this.#byPath(origin)
+    const token = head.ingressTo === undefined && head.deprecatedIngressTo === undefined ? '' : firstNonEmpty(head.ingressTo, head.deprecatedIngressTo)
+    if (token !== '') return this.#found(remember(this.#tokens, token, parseHostToken), origin)
+    const { host } = head
+    if (host === undefined || host === '') return mode === 'auto' ? this.#byPath(origin) : bad("missing header 'Opensandbox-Ingress-To' or 'Host'")
+    const named = remember(this.#hosts, host, this.#readHost)
+    if (named !== none) return this.#found(named, origin)
+    return mode === 'auto' ? this.#byPath(origin) : bad(`invalid ingress route: invalid host: ${host}`)
   }
 
-  /** The part of a Host that names a sandbox, lower case: browsers lower-case hosts, and ids are lower case. '' when it names none. */
-  #hostLabel(host: string): string {
-    const { baseDomain } = this.#options
-    if (host === '') return ''
+  /** The sandbox a Host names. Lower-cased: browsers do it, and ids are lower case. */
+  readonly #readHost = (host: string): HostRoute | BadRoute | typeof none => {
+    const { baseDomain, mode } = this.#options
     const lower = host.toLowerCase()
-    if (baseDomain === '') return this.#options.mode === 'auto' && !lower.includes('-') ? '' : lower
+    // Without a base domain any host may name a sandbox; in auto mode those that cannot leave the path to do it.
+    if (baseDomain === '') {
+      const parsed = parseHostToken(lower)
+      return mode === 'auto' && !parsed.ok ? none : parsed
+    }
     const colon = lower.lastIndexOf(':')
     const name = colon > lower.lastIndexOf(']') ? lower.slice(0, colon) : lower
-    const label = name.length - baseDomain.length - 1
-    return label > 0 && name.endsWith(baseDomain) && name[label] === '.' && !name.slice(0, label).includes('.') ? name.slice(0, label) : ''
+    const length = name.length - baseDomain.length - 1
+    const label = length > 0 && name.endsWith(baseDomain) && name[length] === '.' ? name.slice(0, length) : ''
+    return label === '' || label.includes('.') ? none : parseHostToken(label)
   }
 
-  #byToken(token: string, origin: string): Located | NotLocated {
-    let parsed = this.#tokens.get(token)
-    if (parsed === undefined) {
-      parsed = parseHostToken(token)
-      if (token.length <= 256) this.#tokens.set(token, parsed)
-    }
+  #found(parsed: HostRoute | BadRoute, origin: string): Located | NotLocated {
     if (!parsed.ok) return { ok: false, fault: parsed.fault, detail: parsed.detail, route: null }
     const sandbox = this.#table.get(parsed.route.id)
     return sandbox === undefined ? missing(parsed.route) : { ok: true, route: parsed.route, sandbox, target: origin, prefix: '' }
@@ -96,6 +97,18 @@ export function hasToken(sandbox: Sandbox): boolean {
 function firstNonEmpty(first: string | undefined, second: string | undefined): string {
   const one = first?.trim() ?? ''
   return one !== '' ? one : (second?.trim() ?? '')
+}
+
+function remember<V extends object | symbol>(cache: LRUCache<string, V>, key: string, read: (key: string) => V): V {
+  const known = cache.get(key)
+  if (known !== undefined) return known
+  const value = read(key)
+  if (key.length <= longestRemembered) cache.set(key, value)
+  return value
+}
+
+function bad(detail: string): NotLocated {
+  return { ok: false, fault: 'EDGE_BAD_ROUTE', detail, route: null }
 }
 
 function missing(route: Route): NotLocated {

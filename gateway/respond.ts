@@ -27,8 +27,12 @@ export function refuse(visit: Visit, code: FaultCode, detail: string, draining: 
   visit.status = status
   const { type, body } = render(visit, code, detail)
   const headers = faultHeaders(visit, code, type, body)
-  // A client that waits for 100 Continue may or may not send its body now: nothing behind it could be told apart (RFC 9110 §10.1.1).
-  if (visit.awaitsContinue || draining) headers.push('connection', 'close')
+  // A malformed request has no certain end, and a client that waits for 100 Continue may or may not send its body now: whatever
+  // follows could be taken for a request that nobody sent (RFC 9112 §11.2, RFC 9110 §10.1.1).
+  if (code === 'EDGE_BAD_REQUEST' || visit.awaitsContinue || draining) {
+    visit.peer.closing = true
+    headers.push('connection', 'close')
+  }
   response.writeHead(status, headers)
   response.end(body)
 }

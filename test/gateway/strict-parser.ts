@@ -1,0 +1,71 @@
+/** A reader of HTTP/1.1 requests that accepts less than any real server: what it objects to should never leave the gateway. */
+export type SeenRequest = { method: string; target: string; headers: [string, string][]; body: string }
+export type Seen = { complete: SeenRequest[]; problems: string[]; /** Bytes behind the last whole request. */ rest: string }
+
+const requestLine = /^([A-Z]+) (\/[\x21-\x7e]*) HTTP\/1\.1$/
+const field = /^([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t\x20-\x7e\x80-\xff]*)$/
+
+/** @param bytes latin1 text of one connection, or of several that followed each other */
+export function readRequests(bytes: string): Seen {
+  const complete: SeenRequest[] = []
+  const problems: string[] = []
+  let rest = bytes
+  while (rest !== '' && problems.length === 0) {
+    const end = rest.indexOf('\r\n\r\n')
+    if (end === -1) break
+    const lines = rest.slice(0, end).split('\r\n')
+    const line = requestLine.exec(lines[0] as string)
+    if (line === null) {
+      problems.push(`request line ${JSON.stringify(lines[0])}`)
+      break
+    }
+    const headers: [string, string][] = []
+    for (const text of lines.slice(1)) {
+      const match = field.exec(text)
+      if (match === null) problems.push(`field ${JSON.stringify(text)}`)
+      else headers.push([(match[1] as string).toLowerCase(), match[2] as string])
+    }
+    const all = (name: string): string[] => headers.filter(([key]) => key === name).map(([, value]) => value)
+    if (all('host').length !== 1) problems.push(`${all('host').length} Host fields`)
+    const lengths = all('content-length')
+    const codings = all('transfer-encoding')
+    if (lengths.length + codings.length > 1) problems.push('more than one framing')
+    if (codings.some((coding) => coding !== 'chunked')) problems.push(`coding ${codings.join()}`)
+    if (lengths.some((length) => !/^(0|[1-9]\d*)$/.test(length))) problems.push(`length ${lengths.join()}`)
+    if (problems.length > 0) break
+    const after = rest.slice(end + 4)
+    const framed = codings.length > 0 ? readChunks(after, problems) : readLength(after, Number(lengths[0] ?? 0))
+    if (framed === null) break
+    complete.push({ method: line[1] as string, target: line[2] as string, headers, body: framed.body })
+    rest = framed.rest
+  }
+  return { complete, problems, rest }
+}
+
+function readLength(text: string, length: number): { body: string; rest: string } | null {
+  return text.length < length ? null : { body: text.slice(0, length), rest: text.slice(length) }
+}
+
+function readChunks(text: string, problems: string[]): { body: string; rest: string } | null {
+  let body = ''
+  let rest = text
+  for (;;) {
+    const end = rest.indexOf('\r\n')
+    if (end === -1) return null
+    const size = rest.slice(0, end)
+    if (!/^[0-9a-f]{1,8}$/i.test(size)) {
+      problems.push(`chunk size ${JSON.stringify(size)}`)
+      return null
+    }
+    const length = parseInt(size, 16)
+    const data = rest.slice(end + 2)
+    if (data.length < length + 2) return null
+    if (data.slice(length, length + 2) !== '\r\n') {
+      problems.push('chunk without its end')
+      return null
+    }
+    body += data.slice(0, length)
+    rest = data.slice(length + 2)
+    if (length === 0) return { body, rest }
+  }
+}
