@@ -52,7 +52,13 @@ async function start(address, { logFile, say }) {
   child.once('exit', (code, signal) => (ended = `ended with ${signal ?? code}`))
   child.unref()
   if (await waitForAnswer(address, () => ended)) return say(`Docker engine started (process ${child.pid}, log in ${path.relative(process.cwd(), logFile)}); it is left running`)
-  throw new Unavailable(`dockerd ${ended ?? `does not answer after ${startTimeout / 1000} s`}:\n${readFileSync(logFile, 'utf8').trimEnd().split('\n').slice(-12).join('\n')}`)
+  throw new Unavailable(`dockerd ${ended ?? `does not answer after ${startTimeout / 1000} s`} (log in ${path.relative(process.cwd(), logFile)}):\n${lastWords(readFileSync(logFile, 'utf8'))}`)
+}
+
+/** What dockerd says when it gives up is its last line without a time stamp; failing that, the end of the log. */
+function lastWords(log) {
+  const lines = log.trimEnd().split('\n')
+  return lines.findLast((line) => line.startsWith('failed to start')) ?? lines.slice(-8).join('\n')
 }
 
 /** Nothing of npm's environment, and every directory where its own helpers (containerd, iptables, runc) may be. */
