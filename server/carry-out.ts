@@ -11,7 +11,10 @@ import { sidecarSpec, type ConfirmRules } from './sidecar.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
 export type Containers = {
+  /** Quick, and perhaps a moment old. */
   list(labels: readonly string[]): Promise<Found[]>
+  /** As it is now. */
+  examine(labels: readonly string[]): Promise<Found[]>
   create(spec: ContainerSpec): Promise<string>
   start(containerId: string): Promise<void>
   address(containerId: string): Promise<string>

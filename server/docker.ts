@@ -39,6 +39,28 @@ export class Docker {
     return call(async () => (await this.#docker.listContainers({ all: true, filters: { label: [...wanted] } })).map(toFound))
   }
 
+  /**
+   * The same, each looked at on its own. The list lags behind: the engine tells of a container's end before the list
+   * shows it, an inspection waits for the truth.
+   */
+  async examine(wanted: readonly string[]): Promise<Found[]> {
+    const listed = await this.list(wanted)
+    const examined = await Promise.all(listed.map((found) => this.#inspect(found)))
+    return examined.filter((found) => found !== null)
+  }
+
+  async #inspect(found: Found): Promise<Found | null> {
+    try {
+      const { State, NetworkSettings } = await call(() => this.#docker.getContainer(found.containerId).inspect())
+      const state = State.Status as ContainerState
+      const ended = state === 'exited' || state === 'dead'
+      return { ...found, state, exitCode: ended ? State.ExitCode : null, address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
+    } catch (error) {
+      if ((error as EngineError).status === 404) return null
+      throw error
+    }
+  }
+
   /** Names of containers, running or not, on a network. */
   async users(network: string): Promise<string[]> {
     return call(async () => (await this.#docker.listContainers({ all: true, filters: { network: [network] } })).flatMap((c) => c.Names))

@@ -303,7 +303,7 @@ export class Groups {
   }
 
   #containers(id: string): Promise<Found[]> {
-    return this.#deps.engine.list([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
+    return this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
   }
 
   async #expire(id: string): Promise<void> {

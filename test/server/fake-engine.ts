@@ -35,6 +35,10 @@ export class FakeEngine {
       .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, labels: spec.labels, image: spec.image, createdAt: 1000 })))
   }
 
+  examine(wanted: readonly string[]): Promise<Found[]> {
+    return this.list(wanted)
+  }
+
   create(spec: ContainerSpec): Promise<string> {
     return this.#do(`create ${spec.labels[labels.role]}`, () => {
       const id = `c${++this.#next}`
