@@ -2,7 +2,7 @@
 import { formatTable } from './report.ts'
 import { median } from './rounds.ts'
 
-/** Each case does one operation a call and returns something of it, so that the work cannot be optimised away. */
+/** Each case does one operation a call and returns something of it, so that the work cannot be optimised away; a promise is waited for. */
 export type Micro = { readonly title: string; readonly cases: Readonly<Record<string, () => unknown>> }
 export type MicroResult = { readonly title: string; readonly nanoseconds: ReadonlyMap<string, number> }
 
@@ -10,9 +10,10 @@ const batches = 9
 const batchNanoseconds = 20_000_000
 
 /** Cases take turns, batch by batch, so that a slow moment hits all of them. */
-export function runMicro({ title, cases }: Micro): MicroResult {
-  const entries = Object.entries(cases).map(([name, work]) => ({ name, work, calls: callsFor(work), times: [] as number[] }))
-  for (let batch = 0; batch < batches; batch++) for (const { work, calls, times } of entries) times.push(timeBatch(work, calls) / calls)
+export async function runMicro({ title, cases }: Micro): Promise<MicroResult> {
+  const entries: { name: string; work: () => unknown; calls: number; times: number[] }[] = []
+  for (const [name, work] of Object.entries(cases)) entries.push({ name, work, calls: await callsFor(work), times: [] })
+  for (let batch = 0; batch < batches; batch++) for (const { work, calls, times } of entries) times.push((await timeBatch(work, calls)) / calls)
   return { title, nanoseconds: new Map(entries.map(({ name, times }) => [name, median(times)])) }
 }
 
@@ -21,17 +22,19 @@ export function formatMicro({ title, nanoseconds }: MicroResult): string {
 }
 
 /** Doubles the calls until a batch is long enough to be timed; warms the code up on the way. */
-function callsFor(work: () => unknown): number {
+async function callsFor(work: () => unknown): Promise<number> {
   let calls = 64
-  while (timeBatch(work, calls) < batchNanoseconds) calls *= 2
+  while ((await timeBatch(work, calls)) < batchNanoseconds) calls *= 2
   return calls
 }
 
 let sink: unknown
 
-function timeBatch(work: () => unknown, calls: number): number {
+async function timeBatch(work: () => unknown, calls: number): Promise<number> {
+  const waits = work() instanceof Promise
   const begin = process.hrtime.bigint()
-  for (let call = 0; call < calls; call++) sink = work()
+  if (waits) for (let call = 0; call < calls; call++) sink = await work()
+  else for (let call = 0; call < calls; call++) sink = work()
   const time = Number(process.hrtime.bigint() - begin)
   if (sink === timeBatch) throw new Error('never true, but the compiler cannot know')
   return time

@@ -47,7 +47,8 @@ async function main(): Promise<void> {
 }
 
 async function measureFunction(file: string): Promise<string> {
-  return formatMicro(runMicro(((await import(file)) as { bench: Micro }).bench))
+  const { bench } = (await import(file)) as { bench: Micro }
+  return formatMicro(await runMicro(bench))
 }
 
 /** Starts what the target needs, measures, and takes it all down again, whatever happens. */
@@ -70,7 +71,7 @@ async function measureTarget(target: Target, { seconds, rounds }: Options): Prom
   }
 }
 
-/** Micro-benches by name: `decide-name` for decide-name.bench.ts. */
+/** Micro-benches by name: `decide` for decide.bench.ts. */
 async function findMicros(): Promise<Map<string, string>> {
   const files = (await readdir(import.meta.dirname)).filter((name) => name.endsWith('.bench.ts')).sort()
   return new Map(files.map((name) => [name.slice(0, -'.bench.ts'.length), path.join(import.meta.dirname, name)]))
