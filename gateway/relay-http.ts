@@ -305,7 +305,8 @@ export class HttpRelay implements Dispatcher.DispatchHandler {
     if (this.#over) return
     if (this.#upstream.destroyed) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
     if (this.#retryStale(wire, error) || this.#retryBooting(error)) return
-    this.#fail(error instanceof Fault ? error : toFault(error))
+    // undici's parser errors carry no code (its table maps names to numbers, not numbers to names).
+    this.#fail(error.name === 'HTTPParserError' ? new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox did not answer in HTTP') : toFault(error))
   }
 
   /** A connection that served before may die under a request that the sandbox never saw. One more try, when a replay is safe. */

@@ -1,0 +1,423 @@
+/** What HTTP promises, through the gateway, against real servers on loopback. */
+import { createHash } from 'node:crypto'
+import { request as httpRequest, type IncomingMessage } from 'node:http'
+import type { Socket } from 'node:net'
+import { PassThrough } from 'node:stream'
+import t from 'tap'
+import { ask, bodyOf, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+
+/** Answers with what it was asked. */
+function echo(request: IncomingMessage, response: import('node:http').ServerResponse): void {
+  const hash = createHash('sha256')
+  let bytes = 0
+  request.on('data', (chunk: Buffer) => {
+    bytes += chunk.length
+    hash.update(chunk)
+  })
+  request.on('end', () => response.end(JSON.stringify({ method: request.method, url: request.url, raw: request.rawHeaders, bytes, sha256: hash.digest('hex') })))
+}
+type Echo = { method: string; url: string; raw: string[]; bytes: number; sha256: string }
+
+function pairs(raw: readonly string[]): [string, string][] {
+  return Array.from({ length: raw.length / 2 }, (_none, i) => [(raw[2 * i] as string).toLowerCase(), raw[2 * i + 1] as string])
+}
+
+t.test('paths and queries arrive byte for byte in every mode', async (t) => {
+  await using upstream = await startHttp(echo)
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'auto', baseDomain: 'gw.test' })
+  const { port } = upstream
+  for (const rest of ['/', '//', '//x//y', '/../a/./b', '/%2F..%2f', '/a;b=c;d?e;f', '/p?', '/?', '/?x=%zz&&=', '/%20%00', '/a/b/', "/!*'()$&+,:@=", '/x2qxvk/103fd732a/p']) {
+    for (const [mode, text] of [
+      ['uri', get(`/a/${port}${rest}`)],
+      ['header', get(rest, `OpenSandbox-Ingress-To: a-${port}`)],
+      ['deprecated header', get(rest, `OPEN-SANDBOX-INGRESS: a-${port}`)],
+      ['wildcard', get(rest).replace('Host: gateway', `Host: A-${port}.GW.test:28888`)],
+      ['absolute', get(`http://a-${port}.gw.test${rest}`)],
+    ] as const) {
+      const answer = await ask(gateway.port, text)
+      t.equal(statusOf(answer), 200, `${mode} ${rest}`)
+      const seen = JSON.parse(bodyOf(answer)) as Echo
+      t.equal(seen.url, rest, `${mode} ${rest}`)
+      t.notOk(pairs(seen.raw).some(([name]) => name.startsWith('open')), 'no routing header reaches the sandbox')
+    }
+  }
+})
+
+t.test('forwarded headers: made for strangers, continued for our proxies', async (t) => {
+  await using upstream = await startHttp(echo)
+  const claims = ['X-Forwarded-For: 6.6.6.6', 'X-Forwarded-Proto: https', 'X-Forwarded-Host: evil', 'X-Real-IP: 6.6.6.6', 'Forwarded: for=6.6.6.6', 'X-Forwarded-Prefix: /outer']
+  await using open = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const stranger = new Map(pairs((JSON.parse(bodyOf(await ask(open.port, get(`/a/${upstream.port}/x`, ...claims)))) as Echo).raw))
+  t.equal(stranger.get('x-forwarded-for'), '127.0.0.1')
+  t.equal(stranger.get('x-forwarded-proto'), 'http')
+  t.equal(stranger.get('x-forwarded-host'), 'gateway')
+  t.equal(stranger.get('x-forwarded-port'), String(open.port))
+  t.equal(stranger.get('x-forwarded-prefix'), `/a/${upstream.port}`)
+  t.equal(stranger.get('host'), `127.0.0.1:${upstream.port}`)
+  t.notOk(stranger.has('x-real-ip'))
+  t.notOk(stranger.has('forwarded'))
+
+  await using behind = await startGateway([{ id: 'a' }], { mode: 'uri', trustedProxies: ['127.0.0.0/8'], preserveHost: true })
+  const proxied = new Map(pairs((JSON.parse(bodyOf(await ask(behind.port, get(`/a/${upstream.port}/x`, ...claims)))) as Echo).raw))
+  t.equal(proxied.get('x-forwarded-for'), '6.6.6.6, 127.0.0.1')
+  t.equal(proxied.get('x-forwarded-proto'), 'https')
+  t.equal(proxied.get('x-forwarded-host'), 'evil')
+  t.equal(proxied.get('x-forwarded-prefix'), `/outer/a/${upstream.port}`)
+  t.equal(proxied.get('x-real-ip'), '6.6.6.6')
+  t.equal(proxied.get('host'), 'gateway', 'preserveHost')
+  t.match(behind.lines[0], /"client":"6\.6\.6\.6"/)
+})
+
+t.test('repeated headers stay apart, in both directions', async (t) => {
+  await using upstream = await startHttp((request, response) => {
+    response.writeHead(200, ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2; Path=/', 'Via', '1.1 x', 'Via', '1.1 y', 'X-Seen', pairs(request.rawHeaders).filter(([name]) => name === 'x-r' || name === 'cookie').join('|')])
+    response.end()
+  })
+  await using gateway = await startGateway([{ id: 'a' }])
+  const answer = await ask(gateway.port, get('/', `OpenSandbox-Ingress-To: a-${upstream.port}`, 'X-R: 1', 'X-R: 2', 'Cookie: c=1', 'Cookie: d=2'))
+  t.match(answer, /set-cookie: a=1\r\n/i)
+  t.match(answer, /set-cookie: b=2; Path=\/\r\n/i)
+  t.match(answer, /via: 1\.1 x\r\nvia: 1\.1 y\r\n/i)
+  t.match(answer, /x-seen: x-r,1\|x-r,2\|cookie,c=1\|cookie,d=2/i)
+})
+
+t.test('hop-by-hop fields end at the gateway, in both directions', async (t) => {
+  await using upstream = await startRaw((socket) => {
+    let text = ''
+    socket.on('data', (chunk: Buffer) => {
+      text += chunk.toString('latin1')
+      if (!text.includes('\r\n\r\n')) return
+      socket.end(`HTTP/1.1 200 OK\r\nConnection: close, X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=1\r\nProxy-Authenticate: x\r\nUpgrade: h2c\r\nX-Kept: 1\r\nContent-Length: ${text.length}\r\n\r\n${text}`)
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const answer = await ask(gateway.port, `GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nConnection: close, X-Named, Te\r\nX-Named: 1\r\nTE: trailers, deflate\r\nKeep-Alive: 1\r\nProxy-Authorization: p\r\nProxy-Connection: x\r\nOpen-Sandbox-Api-Key: k\r\nOpenSandbox-Secure-Access: s\r\nOpensandbox-Egress-Auth: kept\r\nX-Kept: 1\r\n\r\n`)
+  const head = answer.slice(0, answer.indexOf('\r\n\r\n')).toLowerCase()
+  const sent = bodyOf(answer).toLowerCase()
+  for (const name of ['x-hop', 'keep-alive: timeout=1', 'proxy-authenticate', 'upgrade']) t.notOk(head.includes(name), `response: ${name}`)
+  t.match(head, 'x-kept: 1')
+  for (const name of ['x-named', 'proxy-', 'deflate', 'api-key', 'secure-access', 'keep-alive: 1']) t.notOk(sent.includes(name), `request: ${name}`)
+  for (const name of ['x-kept: 1', 'opensandbox-egress-auth: kept', 'te: trailers']) t.ok(sent.includes(name), `request keeps ${name}`)
+})
+
+t.test('64 MiB up and down arrive whole', async (t) => {
+  const block = Buffer.alloc(1 << 20, 'sallyport ')
+  const blocks = 64
+  const wanted = createHash('sha256')
+  for (let i = 0; i < blocks; i++) wanted.update(block)
+  const sum = wanted.digest('hex')
+  await using upstream = await startHttp((request, response) => {
+    if (request.method === 'POST') return echo(request, response)
+    let sent = 0
+    const more = (): void => {
+      while (sent < blocks) {
+        sent++
+        if (!response.write(block)) return void response.once('drain', more)
+      }
+      response.end()
+    }
+    if (request.url === '/length') response.setHeader('content-length', block.length * blocks)
+    more()
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  for (const headers of [{ 'content-length': block.length * blocks }, {}]) {
+    const outgoing = httpRequest({ port: gateway.port, host: '127.0.0.1', method: 'POST', path: `/a/${upstream.port}/up`, headers })
+    const source = new PassThrough()
+    source.pipe(outgoing)
+    const answered = new Promise<IncomingMessage>((resolve, reject) => outgoing.once('response', resolve).once('error', reject))
+    for (let i = 0; i < blocks; i++) if (!source.write(block)) await new Promise((resolve) => source.once('drain', resolve))
+    source.end()
+    const seen = JSON.parse(Buffer.concat(await (await answered).toArray()).toString()) as Echo
+    t.equal(seen.bytes, block.length * blocks)
+    t.equal(seen.sha256, sum, `up, ${'content-length' in headers ? 'with length' : 'chunked'}`)
+  }
+  for (const path of ['/length', '/chunked']) {
+    const response = await new Promise<IncomingMessage>((resolve, reject) => httpRequest({ port: gateway.port, host: '127.0.0.1', path: `/a/${upstream.port}${path}` }, resolve).once('error', reject).end())
+    const hash = createHash('sha256')
+    for await (const chunk of response) hash.update(chunk as Buffer)
+    t.equal(hash.digest('hex'), sum, `down ${path}`)
+  }
+})
+
+t.test('a reader that stops stops the sandbox, too', async (t) => {
+  let written = 0
+  await using upstream = await startHttp((_request, response) => {
+    const block = Buffer.alloc(256 * 1024)
+    const more = (): void => {
+      while (!response.destroyed && written < 512 * 1024 * 1024) {
+        written += block.length
+        if (!response.write(block)) return void response.once('drain', more)
+      }
+    }
+    more()
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${upstream.port}/`))
+  await client.until((c) => c.received.length > 0)
+  client.socket.pause()
+  let before = -1
+  // Kernel buffers fill up; after that nothing may move.
+  await eventually(() => {
+    const still = written === before
+    before = written
+    return still && written > 0
+  }, 'upstream stopped')
+  t.ok(written < 64 * 1024 * 1024, `${written >> 20} MiB were taken before the stop`)
+  client.close()
+})
+
+t.test('events of a stream arrive when they are written, head first', async (t) => {
+  let write: (text: string) => void = () => undefined
+  let finish: () => void = () => undefined
+  await using upstream = await startHttp((_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' })
+    response.flushHeaders()
+    write = (text) => void response.write(text)
+    finish = () => void response.end()
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${upstream.port}/`))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  t.match(client.received, /content-type: text\/event-stream/i, 'the head arrives before any event')
+  for (const n of [1, 2, 3]) {
+    write(`data: ${n}\n\n`)
+    await client.until((c) => c.received.includes(`data: ${n}\n\n`))
+    t.notOk(client.received.includes(`data: ${n + 1}`), `event ${n} arrived alone`)
+  }
+  finish()
+  await client.untilClosed()
+  t.ok(client.received.endsWith('0\r\n\r\n'), 'and a regular end')
+})
+
+t.test('a sandbox that breaks off never looks like a regular end', async (t) => {
+  const heads: [string, string, string][] = [
+    ['chunked', 'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n', '1.1'],
+    ['length', 'HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello', '1.1'],
+    ['chunked to HTTP/1.0', 'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n', '1.0'],
+  ]
+  for (const [name, text, version] of heads) {
+    for (const how of ['end', 'reset'] as const) {
+      await using upstream = await startRaw((socket) => {
+        socket.once('data', () => {
+          socket.write(text)
+          setTimeout(() => (how === 'end' ? socket.destroy() : socket.resetAndDestroy()), 50)
+        })
+      })
+      await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+      const client = new RawClient(gateway.port)
+      client.send(`GET /a/${upstream.port}/ HTTP/${version}\r\nHost: x\r\n\r\n`)
+      await client.until((c) => c.closed || c.ended)
+      t.notOk(client.received.endsWith('0\r\n\r\n'), `${name}, ${how}: no last chunk`)
+      if (version === '1.0') t.ok(client.reset, `${name}, ${how}: where the end of the connection is the end of the body, it is a reset`)
+      await eventually(() => gateway.lines.length === 1, 'the access line')
+      t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/)
+    }
+  }
+})
+
+t.test('a reset ends a response without a length as what it is', async (t) => {
+  await using upstream = await startRaw((socket) => {
+    socket.once('data', () => {
+      socket.write('HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello')
+      setTimeout(() => socket.resetAndDestroy(), 50)
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${upstream.port}/`))
+  await client.until((c) => c.closed || c.ended)
+  t.match(client.received, 'hello')
+  t.notOk(client.received.endsWith('0\r\n\r\n'), 'no last chunk')
+})
+
+t.test('a client that leaves cancels the request, in every phase', async (t) => {
+  for (const phase of ['before the answer', 'during the answer', 'during the upload'] as const) {
+    const gone: Promise<void>[] = []
+    let reached: (socket: Socket) => void = () => undefined
+    const arrived = new Promise<Socket>((resolve) => (reached = resolve))
+    await using upstream = await startRaw((socket) => {
+      gone.push(new Promise((resolve) => socket.once('close', () => resolve())))
+      socket.on('end', () => socket.end())
+      socket.once('data', () => {
+        if (phase === 'during the answer') socket.write('HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n')
+        reached(socket)
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    client.send(phase === 'during the upload' ? `POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello` : get(`/a/${upstream.port}/`))
+    await arrived
+    if (phase === 'during the answer') await client.until((c) => c.received.includes('hello'))
+    client.close()
+    await Promise.all(gone)
+    await eventually(() => gateway.lines.length === 1, 'the access line')
+    t.match(gateway.lines[0], phase === 'during the answer' ? /"status":200/ : /"status":0/, phase)
+  }
+})
+
+t.test('1xx and trailers pass, 100 is ours', async (t) => {
+  await using upstream = await startHttp((request, response) => {
+    response.writeEarlyHints({ link: '</a.css>; rel=preload', 'x-more': '1' })
+    request.resume()
+    request.on('end', () => {
+      response.writeHead(200, { trailer: 'X-Sum' })
+      response.write('hello')
+      response.addTrailers({ 'X-Sum': '42' })
+      response.end()
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const answer = await ask(gateway.port, get(`/a/${upstream.port}/`))
+  t.match(answer, /^HTTP\/1\.1 103 [^\r]*\r\nlink: <\/a\.css>; rel=preload\r\nx-more: 1\r\n\r\nHTTP\/1\.1 200/i)
+  t.match(answer, /trailer: X-Sum\r\n/i)
+  t.match(answer, /0\r\nx-sum: 42\r\n\r\n$/i)
+
+  const old = await ask(gateway.port, `GET /a/${upstream.port}/ HTTP/1.0\r\n\r\n`)
+  t.match(old, /^HTTP\/1\.1 200/, 'HTTP/1.0 gets neither 1xx nor trailers')
+  t.notMatch(old, /transfer-encoding|trailer/i)
+  t.ok(old.endsWith('\r\n\r\nhello'))
+
+  const client = new RawClient(gateway.port)
+  client.send(`POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\nConnection: close\r\n\r\n`)
+  await client.until((c) => c.received.startsWith('HTTP/1.1 100 Continue\r\n\r\n'))
+  client.send('hello')
+  t.match(await client.untilClosed(), /HTTP\/1\.1 200/, 'the body was asked for and taken')
+
+  const refused = await ask(gateway.port, `POST /nobody/1/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n`)
+  t.match(refused, /^HTTP\/1\.1 404/, 'no 100 for a request that goes nowhere')
+  t.match(refused, /connection: close/i)
+})
+
+t.test('an answer before the end of the upload reaches the client', async (t) => {
+  await using upstream = await startHttp((_request, response) => {
+    response.writeHead(413, { 'content-length': 7, connection: 'close' })
+    response.end('too big')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(`POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n${'x'.repeat(100_000)}`)
+  t.match(await client.until((c) => c.received.includes('too big')), /^HTTP\/1\.1 413/)
+  client.close()
+})
+
+t.test('HEAD, 204, 304 and HTTP/1.0 keep their framing', async (t) => {
+  await using upstream = await startHttp((request, response) => {
+    if (request.url === '/204') response.writeHead(204).end()
+    else if (request.url === '/304') response.writeHead(304, { etag: '"x"' }).end()
+    else response.writeHead(200, { 'content-length': 5 }).end(request.method === 'HEAD' ? undefined : 'hello')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const p = `/a/${upstream.port}`
+  const client = new RawClient(gateway.port)
+  client.send(`HEAD ${p}/ HTTP/1.1\r\nHost: x\r\n\r\nGET ${p}/204 HTTP/1.1\r\nHost: x\r\n\r\nGET ${p}/304 HTTP/1.1\r\nHost: x\r\n\r\n${get(`${p}/`)}`)
+  const all = await client.untilClosed()
+  t.same(all.match(/HTTP\/1\.1 \d+/g), ['HTTP/1.1 200', 'HTTP/1.1 204', 'HTTP/1.1 304', 'HTTP/1.1 200'], 'four answers on one connection, in order')
+  t.ok(all.endsWith('hello'))
+  const kept = new RawClient(gateway.port)
+  kept.send(`GET ${p}/ HTTP/1.0\r\nConnection: keep-alive\r\n\r\n`)
+  t.match(await kept.until((c) => c.received.endsWith('hello')), /connection: keep-alive/i, 'HTTP/1.0 may keep its connection when there is a length')
+  kept.close()
+})
+
+t.test('a stale connection is tried once more when a replay is safe, and only then', async (t) => {
+  for (const [name, request, retried] of [
+    ['GET', (p: number) => `GET /a/${p}/ HTTP/1.1\r\nHost: x\r\n\r\n`, true],
+    ['DELETE', (p: number) => `DELETE /a/${p}/ HTTP/1.1\r\nHost: x\r\n\r\n`, false],
+    ['DELETE with Idempotency-Key', (p: number) => `DELETE /a/${p}/ HTTP/1.1\r\nHost: x\r\nIdempotency-Key: k\r\n\r\n`, true],
+    ['POST with a body', (p: number) => `POST /a/${p}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi`, false],
+  ] as const) {
+    let connections = 0
+    const seen: string[] = []
+    await using upstream = await startRaw((socket) => {
+      const nth = ++connections
+      let requests = 0
+      socket.on('data', (chunk: Buffer) => {
+        requests++
+        seen.push(`${nth}.${requests} ${chunk.toString('latin1').split(' ')[0]}`)
+        // The first connection dies under its second request.
+        if (nth === 1 && requests === 2) socket.destroy()
+        else socket.write('HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok')
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    client.send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n\r\n`)
+    await client.until((c) => c.received.endsWith('ok'))
+    client.received = ''
+    client.send(request(upstream.port))
+    const answer = await client.until((c) => /\r\n\r\n./s.test(c.received))
+    t.equal(statusOf(answer), retried ? 200 : 502, name)
+    t.equal(seen.filter((line) => line.startsWith('2.')).length, retried ? 1 : 0, `${name}: ${seen.join(', ')}`)
+    client.close()
+  }
+})
+
+t.test('a port that is still booting is waited for, for a bounded time', async (t) => {
+  const reserved = await startRaw(() => undefined)
+  const { port } = reserved
+  await reserved[Symbol.asyncDispose]()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 3_000 })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${port}/`))
+  await new Promise((resolve) => setTimeout(resolve, 120))
+  const { createServer } = await import('node:http')
+  const late = createServer((_request, response) => response.end('late'))
+  await new Promise<void>((resolve) => late.listen(port, '127.0.0.1', resolve))
+  t.match(await client.untilClosed(), /^HTTP\/1\.1 200[\s\S]*late/)
+  late.closeAllConnections()
+  await new Promise((resolve) => late.close(resolve))
+  t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused at once')
+})
+
+t.test('IPv6 sandboxes', async (t) => {
+  await using upstream = await startHttp(echo, undefined, '::1')
+  await using gateway = await startGateway([{ id: 'six', host: '::1' }], { mode: 'uri' })
+  const seen = JSON.parse(bodyOf(await ask(gateway.port, get(`/six/${upstream.port}/x`)))) as Echo
+  t.equal(new Map(pairs(seen.raw)).get('host'), `[::1]:${upstream.port}`)
+})
+
+t.test('a sandbox that speaks no HTTP, or breaks its rules, is a 502', async (t) => {
+  for (const [name, text] of [
+    ['noise', 'SSH-2.0-OpenSSH\r\n'],
+    ['two lengths', 'HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nx'],
+    ['length and chunks', 'HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n'],
+    ['bad name', 'HTTP/1.1 200 OK\r\nbad name: 1\r\ncontent-length: 0\r\n\r\n'],
+    ['unasked upgrade', 'HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n'],
+    ['nothing', ''],
+    ['an endless head', `HTTP/1.1 200 OK\r\n${'x: y\r\n'.repeat(100_000)}`],
+  ] as const) {
+    await using upstream = await startRaw((socket) => void socket.once('data', () => socket.end(text)))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    t.equal(statusOf(await ask(gateway.port, get(`/a/${upstream.port}/`))), 502, name)
+    await eventually(() => gateway.lines.length === 1, 'the access line')
+    t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/, name)
+  }
+})
+
+t.test('URI mode moves root-relative references under the prefix', async (t) => {
+  let answer: string[] = []
+  await using upstream = await startHttp((_request, response) => response.writeHead(302, answer).end())
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'auto' })
+  const prefix = `/a/${upstream.port}`
+  for (const [name, value, wanted] of [
+    ['location', '/login?next=/x', `${prefix}/login?next=/x`],
+    ['location', '//other.example/x', '//other.example/x'],
+    ['location', 'https://other.example/', 'https://other.example/'],
+    ['location', 'relative', 'relative'],
+    ['location', `${prefix}/already`, `${prefix}/already`],
+    ['location', `http://127.0.0.1:${upstream.port}/own`, `${prefix}/own`],
+    ['refresh', '0; url=/next', `0; url=${prefix}/next`],
+    ['set-cookie', 's=1; Path=/; HttpOnly', `s=1; Path=${prefix}/; HttpOnly`],
+    ['set-cookie', 's=1; path=/app', `s=1; path=${prefix}/app`],
+    ['set-cookie', 's=1; Domain=gw.test; Secure', 's=1; Secure'],
+    ['set-cookie', 's=1', 's=1'],
+  ] as const) {
+    answer = [name, value]
+    const head = await ask(gateway.port, get(`${prefix}/`))
+    t.ok(head.includes(`${name}: ${wanted}\r\n`), `${name}: ${value} becomes ${wanted}`)
+    const untouched = await ask(gateway.port, get('/', `OpenSandbox-Ingress-To: a-${upstream.port}`))
+    t.ok(untouched.includes(`${name}: ${value.replace(' Domain=gw.test;', '')}\r\n`), `${name}: ${value} is left alone in header mode`)
+  }
+})
