@@ -3,7 +3,8 @@ import type { Config } from './config.ts'
 import { mainSpec, type ContainerSpec } from './container-spec.ts'
 import type { CreateRequest } from './create-request.ts'
 import type { Found } from './docker.ts'
-import { egressMember, type Fact, type SandboxRecord } from './group.ts'
+import type { Execd } from './execd.ts'
+import { egressMember, mainMember, type Fact, type SandboxRecord } from './group.ts'
 import type { Images } from './images.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
@@ -27,6 +28,8 @@ export type Containers = {
 export type Workshop = {
   readonly confirm: ConfirmRules
   readonly network: { readonly name: string }
+  /** null: sandboxes have no execd. */
+  readonly execd: Pick<Execd, 'install'> | null
   prepare(record: SandboxRecord, request: CreateRequest, progress: (line: string) => void, signal: AbortSignal): Promise<void>
 }
 
@@ -34,15 +37,23 @@ export type Made = { readonly record: SandboxRecord; readonly request: CreateReq
 type Deps = { readonly config: Config; readonly instance: string; readonly engine: Containers; readonly workshop: Workshop }
 type Act = Extract<Step, { do: 'create' | 'start' | 'confirm' | 'remove' }>
 
-/** Images and network. @param progress gets what is being waited for */
-export function createWorkshop(config: Config, images: Images, network: SandboxNetwork, confirm: ConfirmRules): Workshop {
+export type Tools = { readonly images: Images; readonly network: SandboxNetwork; readonly confirm: ConfirmRules; readonly execd: Execd | null }
+
+/** Images, network and execd. @param progress gets what is being waited for */
+export function createWorkshop(config: Config, { images, network, confirm, execd }: Tools): Workshop {
   return {
     confirm,
     network,
+    execd,
     async prepare(record, request, progress, signal) {
       const wanted = [{ reference: request.image, platform: request.platform, auth: request.auth }]
       if (record.egress !== null && config.egress.image !== undefined) wanted.push({ reference: config.egress.image, platform: null, auth: null })
-      const ready = Promise.all([network.ensure(), ...wanted.map((image) => images.ensure(image, (line) => progress(`Pulling image ${image.reference}: ${line}`)))])
+      const pulling = (reference: string) => (line: string) => progress(`Pulling image ${reference}: ${line}`)
+      const ready = Promise.all([
+        network.ensure(),
+        execd?.prepare(record.platform, pulling('of execd')),
+        ...wanted.map((image) => images.ensure(image, pulling(image.reference))),
+      ])
       // A pull is shared and goes on; only this sandbox stops waiting for it.
       const stop = Promise.withResolvers<never>()
       const onAbort = (): void => stop.reject(signal.reason)
@@ -58,6 +69,7 @@ export async function carryOut(step: Act, made: Made, deps: Deps): Promise<reado
   switch (step.do) {
     case 'create': {
       const containerId = await deps.engine.create(specOf(step.member, made, deps))
+      if (step.member === mainMember) await deps.workshop.execd?.install(containerId, made.record.platform)
       return [...facts, { containerId, member: step.member, state: 'created', exitCode: null, address: '' }]
     }
     case 'start': {

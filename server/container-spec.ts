@@ -37,6 +37,9 @@ export type ContainerSpec = {
   readonly cgroupns: 'private' | 'host'
 }
 
+/** Starts execd beside the command of a sandbox; `execd.ts` puts it there. */
+export const bootstrapPath = '/opt/opensandbox/bootstrap.sh'
+
 /** Labels on every container of a group. They never change, so they tell a sweep everything it needs. */
 export function groupLabels(instance: string, id: string, role: string): Record<string, string> {
   return { [labels.instance]: instance, [labels.group]: groupHash(id), [labels.role]: role }
@@ -50,7 +53,7 @@ export function mainSpec(config: Config, instance: string, network: string, reco
     image: record.image,
     labels: { ...request.metadata, ...groupLabels(instance, record.id, mainMember), ...sandboxLabels(record) },
     env: Object.entries(request.env).flatMap(([key, value]) => (value === null ? [] : [`${key}=${value}`])),
-    entrypoint: [],
+    entrypoint: config.runtime.execd_image === undefined ? [] : [bootstrapPath],
     cmd: record.entrypoint,
     network: owner === null ? { name: network } : { join: owner },
     capAdd: [],

@@ -1,4 +1,5 @@
 /** The Docker engine, as the rest of the server sees it. The only importer of dockerode. */
+import { setTimeout as delay } from 'node:timers/promises'
 import Dockerode from 'dockerode'
 import type { ContainerSpec } from './container-spec.ts'
 import type { ContainerState, Fact } from './group.ts'
@@ -19,8 +20,13 @@ export class EngineError extends Error {
   }
 }
 
+const removeAttempts = 100
+const removePause = 50
+
 export class Docker {
   readonly #docker: Dockerode
+  /** For calls that last as long as they last: events and pulls. */
+  readonly #streams = new Dockerode()
 
   /** Engine from DOCKER_HOST, else the default socket. @param timeout ms a call may take */
   constructor(timeout: number) {
@@ -74,6 +80,20 @@ export class Docker {
     await call(() => this.#docker.getContainer(containerId).start())
   }
 
+  /** A tar of one file of a container, running or not. */
+  async read(containerId: string, path: string): Promise<Buffer> {
+    return call(async () => {
+      const chunks: Buffer[] = []
+      for await (const chunk of await this.#docker.getContainer(containerId).getArchive({ path })) chunks.push(chunk as Buffer)
+      return Buffer.concat(chunks)
+    })
+  }
+
+  /** Unpacks a tar at the top of a container's file system. */
+  async write(containerId: string, archive: Buffer): Promise<void> {
+    await call(() => this.#docker.getContainer(containerId).putArchive(archive, { path: '/' }))
+  }
+
   /** IPv4 address on its network, empty when it has none. */
   async address(containerId: string): Promise<string> {
     return call(async () => {
@@ -101,12 +121,20 @@ export class Docker {
     }
   }
 
+  /** Somebody's removal is under way: asked again and again, because waiting for it may never end when it just did. */
   async #waitRemoved(containerId: string): Promise<void> {
-    try {
-      await call(() => this.#docker.getContainer(containerId).wait({ condition: 'removed' }))
-    } catch (error) {
-      if ((error as EngineError).status !== 404) throw error
+    for (let attempt = 0; attempt < removeAttempts; attempt++) {
+      await delay(removePause)
+      try {
+        const { State } = await call(() => this.#docker.getContainer(containerId).inspect())
+        if (State.Status !== 'removing') await call(() => this.#docker.getContainer(containerId).remove({ force: true, v: true }))
+      } catch (error) {
+        const status = (error as EngineError).status
+        if (status === 404) return
+        if (status !== 409) throw error
+      }
     }
+    throw new EngineError('the removal of a container does not end', 409)
   }
 
   /** null when the engine has no such image. */
@@ -123,12 +151,12 @@ export class Docker {
   /** Pulls; errors that arrive inside the stream count too. `progress` gets the engine's status lines. */
   async pull(reference: string, options: { platform: string | null; auth: { username: string; password: string } | null }, progress: (line: string) => void): Promise<void> {
     await call(async () => {
-      const stream = await this.#docker.pull(reference, {
+      const stream = await this.#streams.pull(reference, {
         ...(options.platform === null ? {} : { platform: options.platform }),
         ...(options.auth === null ? {} : { authconfig: options.auth }),
       })
       await new Promise<void>((resolve, reject) => {
-        this.#docker.modem.followProgress(stream, (error) => (error === null ? resolve() : reject(error)), (line: { status?: string; progress?: string }) => progress(`${line.status ?? ''} ${line.progress ?? ''}`.trim()))
+        this.#streams.modem.followProgress(stream, (error) => (error === null ? resolve() : reject(error)), (line: { status?: string; progress?: string }) => progress(`${line.status ?? ''} ${line.progress ?? ''}`.trim()))
       })
     })
   }
@@ -163,7 +191,7 @@ export class Docker {
 
   /** Events from now on; `ended` is called once when the stream breaks. */
   async events(onEvent: (event: EngineEvent) => void, ended: () => void): Promise<{ close(): void }> {
-    const stream = await call(() => this.#docker.getEvents({ filters: JSON.stringify({ type: ['container', 'network'] }) }))
+    const stream = await call(() => this.#streams.getEvents({ filters: JSON.stringify({ type: ['container', 'network'] }) }))
     let rest = ''
     let closed = false
     const end = (): void => { if (!closed) { closed = true; ended() } }

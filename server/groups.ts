@@ -219,7 +219,12 @@ export class Groups {
 
   async #takePorts(request: CreateRequest): Promise<SandboxRecord['hostPorts']> {
     if (this.#deps.config.ingress.mode !== 'direct') return {}
-    return { http: await this.#deps.ports.take(), ...(request.networkPolicy === null ? {} : { egress: await this.#deps.ports.take() }) }
+    const { ports, config } = this.#deps
+    return {
+      http: await ports.take(),
+      ...(config.runtime.execd_image === undefined ? {} : { execd: await ports.take() }),
+      ...(request.networkPolicy === null ? {} : { egress: await ports.take() }),
+    }
   }
 
   /** Nothing of a failed create may be left. The cause stays visible to a client that was told the id. */

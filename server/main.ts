@@ -6,6 +6,7 @@ import { ConfigError } from '#policies/config.ts'
 import { createWorkshop } from './carry-out.ts'
 import { readConfig, type Config } from './config.ts'
 import { Docker } from './docker.ts'
+import { Execd } from './execd.ts'
 import { Groups } from './groups.ts'
 import { HostGuard } from './host-guard.ts'
 import { HostPorts } from './host-ports.ts'
@@ -33,6 +34,8 @@ const guard = config.docker.host_guard === 'on' ? new HostGuard() : null
 const network = new SandboxNetwork(config, { engine, guard })
 const routes = new RouteStream()
 const ports = new HostPorts(config.server.host)
+const images = new Images(engine)
+const execd = config.runtime.execd_image === undefined ? null : new Execd(config.runtime.execd_image, { engine, images, instance })
 const confirm = createConfirmRules(config.egress.ready_seconds * 1000)
 let guardFault = ''
 
@@ -42,7 +45,7 @@ await network.guard().catch((error: unknown) => {
 
 const groups = new Groups({
   config, instance, store, engine, ports,
-  workshop: createWorkshop(config, new Images(engine), network, confirm),
+  workshop: createWorkshop(config, { images, network, confirm, execd }),
   now: Date.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
@@ -57,7 +60,7 @@ const watch = new Watch({
   report: (event, detail) => log.warn({ event, ...detail }),
 })
 groups.load()
-await watch.start()
+await watch.start(10_000)
 
 const server = createServer({
   config, groups, routes,

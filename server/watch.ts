@@ -39,11 +39,16 @@ export class Watch {
     return this.#connected
   }
 
-  /** Resolves after the first comparison, or after the first failed attempt at one; goes on trying behind. */
-  async start(): Promise<void> {
+  /**
+   * Resolves after the first comparison, or the first failed attempt at one, or `patience` ms: an engine that hangs
+   * must not keep the server from saying so. Goes on behind.
+   */
+  async start(patience: number): Promise<void> {
     const first = Promise.withResolvers<void>()
     this.#done = this.#run(first.resolve)
+    const timer = setTimeout(first.resolve, patience)
     await first.promise
+    clearTimeout(timer)
   }
 
   async close(): Promise<void> {

@@ -42,10 +42,18 @@ function sign(config: Config, id: string, port: number, expires: string): { expi
   return { expires, signature: signShort(key.key_id, secret, id, port, expires) }
 }
 
-/** Ports of ours on the host. Without execd nothing forwards to any other port. */
+/**
+ * Ports of ours on the host. execd forwards to every other port, its own included: clients expect the port at the end of the
+ * path. The sidecar's API has a host port of its own: execd belongs to the sandbox, and must not see the token that changes its
+ * rules. Without execd nothing forwards.
+ */
 function directEndpoint(config: Config, record: SandboxRecord, port: number): Endpoint {
-  const published = port === wellKnownPorts.http ? record.hostPorts.http : port === wellKnownPorts.egressApi ? record.hostPorts.egress : undefined
+  const { http, egress, execd } = record.hostPorts
+  const guarded = port === wellKnownPorts.egressApi && record.egress !== null
+  const published = port === wellKnownPorts.http ? http : guarded ? egress : undefined
   if (published !== undefined) return { endpoint: `${publicHost(config)}:${published}` }
+  if (guarded) throw new ApiError('DOCKER::NETWORK_MODE_ENDPOINT_UNAVAILABLE', 'The egress API of this sandbox has no host port.')
+  if (execd !== undefined) return { endpoint: `${publicHost(config)}:${execd}/proxy/${port}` }
   throw new ApiError('NOT_IMPLEMENTED', `endpoints: port ${port} is not published in direct mode without execd; use ingress.mode = "gateway".`)
 }
 
