@@ -22,12 +22,15 @@ const config = readConfigOrExit()
 const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(',').map((output) => output.trim()).filter((output) => output !== ''), sandboxId: config.sandboxId })
 const sidecar = createSidecar(config, log)
 
+let ending = false
 function end(code: number): void {
+  if (ending) return
+  ending = true
   setTimeout(() => process.exit(code), closeTimeoutMs).unref()
   void sidecar.close().finally(() => process.exit(code))
 }
 for (const signal of ['SIGTERM', 'SIGINT'] as const) {
-  process.once(signal, () => {
+  process.on(signal, () => {
     log.event('info', 'egress.stopping', `stopping on ${signal}; the rules stay`)
     end(0)
   })

@@ -39,8 +39,9 @@ class NftProcess {
   lines = 0
   broken = false
 
+  // No cleanup at our exit: nft ends with its standard input, and execa's would end us on SIGTERM before the rules are in order.
   constructor() {
-    this.#child = execa('nft', ['-i'], { buffer: false, reject: false, env: environment, extendEnv: false, stdin: 'pipe', cleanup: true })
+    this.#child = execa('nft', ['-i'], { buffer: false, reject: false, env: environment, extendEnv: false, stdin: 'pipe', cleanup: false })
     this.#child.stdout.setEncoding('utf8').on('data', (text: string) => this.#read(text))
     this.#child.stderr.setEncoding('utf8').on('data', (text: string) => { this.#errors = (this.#errors + text).slice(0, maxErrorText) })
     this.#child.stdin.on('error', () => this.#end('nft does not read its commands'))
@@ -115,6 +116,6 @@ export function createNft(): Nft {
 
 /** Runs `iptables` (or `ip6tables`) once. @throws NftError with what it said */
 export async function runIptables(program: 'iptables' | 'ip6tables', args: readonly string[]): Promise<void> {
-  const result = await execa(program, args, { reject: false, env: environment, extendEnv: false, timeout: defaultTimeoutMs, stdin: 'ignore' })
+  const result = await execa(program, args, { reject: false, env: environment, extendEnv: false, timeout: defaultTimeoutMs, stdin: 'ignore', cleanup: false })
   if (result.failed) throw new NftError(`${program} ${args.join(' ')}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
 }

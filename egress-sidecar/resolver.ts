@@ -56,7 +56,7 @@ class Pending {
   }
 }
 
-type Channel = { readonly socket: Socket; readonly pending: Map<number, Pending> }
+type Channel = { readonly socket: Socket; readonly pending: Map<number, Pending>; readonly sent: (error: Error | null) => void }
 
 type UpstreamState = { readonly upstream: Upstream; readonly channels: Channel[]; failures: number; distrustedUntil: number }
 
@@ -84,7 +84,12 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   async function openChannel(state: UpstreamState): Promise<Channel> {
     const socket = createSocket({ type: state.upstream.address.includes(':') ? 'udp6' : 'udp4' })
-    const channel: Channel = { socket, pending: new Map() }
+    const pending = new Map<number, Pending>()
+    // The upstream's port is closed, or the way there is: do not wait for what cannot come.
+    const failAll = (): void => {
+      for (const [id, waiting] of [...pending]) fail(state, channel, id, waiting)
+    }
+    const channel: Channel = { socket, pending, sent: (error) => void (error !== null && failAll()) }
     await new Promise<void>((resolve, reject) => {
       socket.once('error', reject)
       socket.connect(state.upstream.port, state.upstream.address, () => {
@@ -93,10 +98,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       })
     })
     socket.on('message', (reply) => receive(state, channel, reply))
-    // The upstream's port is closed, or the way there is: do not wait for what cannot come.
-    socket.on('error', () => {
-      for (const [id, pending] of [...channel.pending]) fail(state, channel, id, pending)
-    })
+    socket.on('error', failAll)
     return channel
   }
 
@@ -122,7 +124,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     while (channel.pending.has(id)) id = (id + 1) & 0xffff
     pending.query.writeUInt16BE(id, 0)
     channel.pending.set(id, pending)
-    channel.socket.send(pending.query)
+    channel.socket.send(pending.query, channel.sent)
     sweeper ??= setInterval(sweep, sweepMs)
   }
 
@@ -179,9 +181,9 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     },
     close() {
       for (const { channels } of states) {
-        for (const { socket, pending } of channels) {
-          for (const [id, waiting] of [...pending]) finish({ socket, pending }, id, waiting, null)
-          socket.close()
+        for (const channel of channels) {
+          for (const [id, waiting] of [...channel.pending]) finish(channel, id, waiting, null)
+          channel.socket.close()
         }
       }
     },

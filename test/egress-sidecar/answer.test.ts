@@ -1,0 +1,178 @@
+/** One question from start to end, with a resolver and a firewall that the test plays. */
+import t from 'tap'
+import { compilePolicy, type Rules } from '#policies/compile.ts'
+import { readNetworkPolicy } from '#policies/document.ts'
+import { answer, type AnswerDeps, type Outcome, type Transport } from '../../egress-sidecar/answer.ts'
+import type { Opened } from '../../egress-sidecar/firewall.ts'
+import { createAddressJudge, knownResolvers } from '../../egress-sidecar/judge.ts'
+import { readAnswer, readQuestion, type Question } from '../../egress-sidecar/packet.ts'
+import { answerCount, message, opt, rcodeOf, record, replyFlags, toQuestion, types, type MessageText } from './message.ts'
+
+function rulesOf(...egress: [action: string, target: string][]): Rules {
+  const read = readNetworkPolicy({ egress: egress.map(([action, target]) => ({ action, target })) })
+  if (!read.ok) throw new Error(JSON.stringify(read.problems))
+  return compilePolicy(read.policy)
+}
+
+type Play = {
+  rules?: Rules
+  query?: MessageText
+  reply?: Buffer | null
+  transport?: Transport
+  /** What the firewall says, call by call; the last holds on. */
+  opened?: Opened[]
+  /** Called while upstream is asked. */
+  meanwhile?: (switchTo: (rules: Rules) => void) => void
+}
+
+async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply = null, transport = 'udp', opened = ['open'], meanwhile }: Play) {
+  let current = rules
+  const seen = { asked: 0, opened: [] as { name: string; addresses: readonly string[]; seconds: number }[], outcomes: [] as Outcome[] }
+  const deps: AnswerDeps = {
+    resolver: {
+      async ask(bytes) {
+        seen.asked++
+        bytes.writeUInt16BE(0x7777, 0)
+        meanwhile?.((wanted) => (current = wanted))
+        return reply
+      },
+    },
+    firewall: {
+      get rules() {
+        return current
+      },
+      replace: async () => undefined,
+      async open(name, addresses, seconds) {
+        seen.opened.push({ name, addresses, seconds })
+        return opened[Math.min(seen.opened.length, opened.length) - 1] as Opened
+      },
+    },
+    mayOpen: createAddressJudge(['198.51.100.53', ...knownResolvers]),
+    now: () => 0,
+    report: (outcome) => seen.outcomes.push(outcome),
+  }
+  const bytes = message(query)
+  const got = await answer(bytes, transport, deps)
+  return { ...seen, got: got as Buffer, result: seen.outcomes[0]?.result, reason: seen.outcomes[0]?.verdict.reason }
+}
+
+const replyTo = (text: MessageText): Buffer => message({ flags: replyFlags, ...text })
+const addressReply = (...addresses: string[]): Buffer => replyTo({ answers: addresses.map((data) => ({ name: toQuestion, type: types.A, data })) })
+
+function addressesIn(reply: Buffer): string[] {
+  return readAnswer(reply, readQuestion(Buffer.concat([reply.subarray(0, 2), Buffer.of(1, 0), reply.subarray(4, 6), Buffer.alloc(6), reply.subarray(12)])) as Question)?.addresses.map((found) => found.address) ?? []
+}
+
+t.test('a denied name never leaves', async (t) => {
+  for (const type of [types.A, types.AAAA, types.TXT, types.HTTPS, 255]) {
+    const { got, asked, result, reason } = await play({ query: { name: 'secret.evil', type, id: 42 } })
+    t.equal(asked, 0)
+    t.equal(rcodeOf(got), 3, 'NXDOMAIN')
+    t.equal(got.readUInt16BE(0), 42)
+    t.equal(result, 'denied')
+    t.equal(reason, 'default-denies')
+  }
+  const malformed = await play({ query: { name: ['a.example\0', 'example'] } })
+  t.equal(malformed.asked, 0)
+  t.equal(malformed.reason, 'malformed-name')
+})
+
+t.test('an allowed answer: addresses open first, then the same bytes under the client\'s id', async (t) => {
+  const reply = replyTo({ id: 0x7777, answers: [{ name: toQuestion, type: types.A, ttl: 30, data: '198.51.100.1' }, { name: toQuestion, type: 9999, data: Buffer.from('unknown') }], additional: [opt(1232)] })
+  const { got, opened, result } = await play({ query: { id: 0x0102, additional: [opt(1232)] }, reply: Buffer.from(reply) })
+  t.same(opened, [{ name: 'a.example', addresses: ['198.51.100.1'], seconds: 90 }])
+  t.same(got.subarray(2), reply.subarray(2), 'EDNS and unknown types byte for byte')
+  t.equal(got.readUInt16BE(0), 0x0102)
+  t.equal(result, 'answered')
+})
+
+t.test('leases and TTLs', async (t) => {
+  for (const { ttl, seconds, told } of [{ ttl: 0, seconds: 60, told: 0 }, { ttl: 1, seconds: 61, told: 1 }, { ttl: 10, seconds: 70, told: 10 }, { ttl: 120, seconds: 180, told: 120 }, { ttl: 300, seconds: 360, told: 300 }, { ttl: 9999, seconds: 360, told: 300 }, { ttl: 0x80000000, seconds: 60, told: 0 }]) {
+    const { got, opened } = await play({ reply: replyTo({ answers: [{ name: toQuestion, type: types.A, ttl, data: '198.51.100.1' }] }) })
+    t.equal(opened[0]?.seconds, seconds, `TTL ${ttl}: lease`)
+    t.equal(got.readUInt32BE(got.length - 10), told, `TTL ${ttl}: what the client hears`)
+  }
+})
+
+t.test('addresses that an allowed name must not lead to', async (t) => {
+  for (const address of ['127.0.0.1', '169.254.169.254', '10.0.0.1', '172.16.0.1', '192.168.1.1', '100.64.0.1', '0.0.0.0', '224.0.0.251', '255.255.255.255', '198.51.100.53', '8.8.8.8', '1.1.1.1']) {
+    const { got, opened } = await play({ reply: addressReply(address) })
+    t.same(opened, [], `${address} stays shut`)
+    t.equal(rcodeOf(got), 0)
+    t.equal(answerCount(got), 0, `${address} is not told`)
+  }
+  for (const data of ['::1', '::', 'fe80::1', 'fd00::1', 'ff02::fb', '::ffff:a9fe:a9fe', '64:ff9b::a9fe:a9fe', '2002:a9fe:a9fe::1', '2001:0:1::1']) {
+    const { got, opened } = await play({ query: { type: types.AAAA }, reply: replyTo({ type: types.AAAA, answers: [{ name: toQuestion, type: types.AAAA, data }] }) })
+    t.same(opened, [], `${data} stays shut`)
+    t.equal(answerCount(got), 0)
+  }
+  const mixed = await play({ reply: addressReply('10.0.0.1', '198.51.100.1', '127.0.0.1') })
+  t.same(addressesIn(mixed.got), ['198.51.100.1'], 'the good one of three is told')
+  const explicit = await play({ rules: rulesOf(['allow', '*.example'], ['allow', '10.0.0.0/8']), reply: addressReply('10.0.0.1') })
+  t.same(explicit.opened[0]?.addresses, ['10.0.0.1'], 'an address rule covers it')
+  const denied = await play({ rules: rulesOf(['allow', '*.example'], ['deny', '198.51.100.0/24']), reply: addressReply('198.51.100.1', '198.18.0.1') })
+  t.same(addressesIn(denied.got), ['198.18.0.1'])
+})
+
+t.test('aliases', async (t) => {
+  const chain = (target: string): Buffer => replyTo({ answers: [{ name: toQuestion, type: types.CNAME, data: target }, { name: target, type: types.A, data: '198.51.100.1' }] })
+  t.equal((await play({ reply: chain('cdn.elsewhere') })).result, 'answered', 'a target that only the default denies is what CDNs do')
+  const denied = await play({ rules: rulesOf(['allow', 'a.example'], ['deny', 'tracker.elsewhere']), reply: chain('tracker.elsewhere') })
+  t.equal(denied.result, 'denied', 'a rule denies the target')
+  t.equal(rcodeOf(denied.got), 3)
+  t.same(denied.opened, [])
+  const stray = await play({ reply: replyTo({ answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: 'bank.elsewhere', type: types.A, data: '198.51.100.66' }] }) })
+  t.same(stray.opened[0]?.addresses, ['198.51.100.1'])
+  t.same(addressesIn(stray.got), ['198.51.100.1'], 'an address outside the chain is neither opened nor told')
+})
+
+t.test('HTTPS records lose hints and ECH under default deny', async (t) => {
+  const param = (key: number, value: number[]): number[] => [key >> 8, key & 255, value.length >> 8, value.length & 255, ...value]
+  const alpn = param(1, [2, 104, 50])
+  const full = Buffer.from([0, 1, 0, ...alpn, ...param(4, [198, 51, 100, 1]), ...param(5, [1, 2, 3]), ...param(6, Array<number>(16).fill(0))])
+  const clean = Buffer.from([0, 1, 0, ...alpn])
+  const https = (data: Buffer): Play => ({ query: { type: types.HTTPS }, reply: replyTo({ type: types.HTTPS, answers: [{ name: toQuestion, type: types.HTTPS, data }] }) })
+  t.ok((await play(https(full))).got.includes(record({ name: toQuestion, type: types.HTTPS, data: clean })))
+  t.same((await play(https(clean))).got.subarray(12), replyTo({ type: types.HTTPS, answers: [{ name: toQuestion, type: types.HTTPS, data: clean }] }).subarray(12), 'one without them passes as it is')
+  t.equal(answerCount((await play(https(Buffer.from([0, 1, 0, ...param(0, [0, 4]), ...param(4, [1, 2, 3, 4])])))).got), 0, 'hints declared mandatory')
+  t.equal(answerCount((await play(https(Buffer.from([0, 1, 0, 0, 4, 0, 99])))).got), 0, 'malformed')
+  const open = readNetworkPolicy({ defaultAction: 'allow' })
+  if (!open.ok) throw new Error('policy')
+  t.ok((await play({ ...https(full), rules: compilePolicy(open.policy) })).got.includes(full), 'default allow: nothing to hide')
+})
+
+t.test('failures are SERVFAIL', async (t) => {
+  const cut = addressReply('198.51.100.1').subarray(0, -1)
+  for (const { why, play: input, want } of [
+    { why: 'no upstream', play: { reply: null }, want: 'no-upstream' },
+    { why: 'garbage', play: { reply: cut }, want: 'bad-answer' },
+    { why: 'the kernel did not confirm', play: { reply: addressReply('198.51.100.1'), opened: ['failed' as const] }, want: 'kernel-failed' },
+    { why: 'a policy that changes all the time', play: { reply: addressReply('198.51.100.1'), opened: ['stale' as const] }, want: 'policy-unsettled' },
+  ]) {
+    const { got, result } = await play({ query: { id: 99 }, ...input })
+    t.equal(rcodeOf(got), 2, why)
+    t.equal(got.readUInt16BE(0), 99)
+    t.equal(result, want)
+  }
+})
+
+t.test('a policy that changes while upstream is asked', async (t) => {
+  const stricter = await play({ reply: addressReply('198.51.100.1'), meanwhile: (switchTo) => switchTo(rulesOf(['allow', '*.other'])) })
+  t.equal(rcodeOf(stricter.got), 3, 'judged again, by the new one')
+  t.same(stricter.opened, [])
+  const other = await play({ reply: addressReply('198.51.100.1'), meanwhile: (switchTo) => switchTo(rulesOf(['allow', 'a.example'])) })
+  t.equal(other.asked, 1, 'but not asked again')
+  t.equal(other.result, 'answered')
+  const late = await play({ reply: addressReply('198.51.100.1'), opened: ['stale', 'open'] })
+  t.equal(late.opened.length, 2)
+  t.equal(late.result, 'answered')
+})
+
+t.test('a truncated answer tells no address', async (t) => {
+  const reply = addressReply('198.51.100.1')
+  reply[2] = 0x83
+  const { got, opened } = await play({ reply })
+  t.same(opened, [])
+  t.equal(answerCount(got), 0)
+  t.equal((got[2] as number) & 2, 2)
+})

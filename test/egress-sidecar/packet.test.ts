@@ -1,0 +1,132 @@
+/** The DNS reader: what it takes, what it refuses, and that neither costs much. */
+import t from 'tap'
+import { capTtls, echoesQuestion, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type Question } from '../../egress-sidecar/packet.ts'
+import { message, opt, replyFlags, toQuestion, types, wireName, type MessageText, type NameText } from './message.ts'
+
+function questionOf(query: Buffer): Question {
+  const question = readQuestion(query)
+  if (question === null || typeof question === 'number') throw new Error(`no question: ${question}`)
+  return question
+}
+
+t.test('names of questions', async (t) => {
+  const rows: { why: string; name: NameText; want: string | null }[] = [
+    { why: 'plain', name: 'www.example.com', want: 'www.example.com' },
+    { why: 'case is folded', name: 'WwW.ExAmple.COM', want: 'www.example.com' },
+    { why: 'digits, hyphen, underscore', name: '_dns-sd.4u.example', want: '_dns-sd.4u.example' },
+    { why: 'the root', name: '', want: '' },
+    { why: 'a dot inside a label reads as another name after decoding', name: ['x.allowed', 'example'], want: null },
+    { why: 'NUL', name: ['a\0b', 'example'], want: null },
+    { why: 'percent sign', name: ['a%2eb', 'example'], want: null },
+    { why: 'backslash', name: ['a\\.b', 'example'], want: null },
+    { why: 'raw UTF-8', name: ['\xc3\xa4', 'example'], want: null },
+    { why: 'blank', name: ['a b', 'example'], want: null },
+  ]
+  for (const { why, name, want } of rows) t.equal(questionOf(message({ name })).name, want, why)
+})
+
+t.test('messages that are no question', async (t) => {
+  const rows: { why: string; bytes: Buffer; want: number | null }[] = [
+    { why: 'empty', bytes: Buffer.alloc(0), want: null },
+    { why: 'eleven bytes', bytes: Buffer.alloc(11), want: null },
+    { why: 'a reply', bytes: message({ flags: replyFlags }), want: null },
+    { why: 'opcode STATUS', bytes: message({ flags: 0x1000 }), want: rcodes.notImp },
+    { why: 'opcode UPDATE', bytes: message({ flags: 0x2800 }), want: rcodes.notImp },
+    { why: 'no question', bytes: Buffer.concat([Buffer.of(0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)]), want: rcodes.formErr },
+    { why: 'two questions claimed', bytes: patched(message({}), 5, 2), want: rcodes.formErr },
+    { why: 'an answer in a question', bytes: patched(message({}), 7, 1), want: rcodes.formErr },
+    { why: '65,535 records claimed', bytes: Buffer.of(0, 1, 1, 0, 255, 255, 255, 255, 255, 255, 255, 255), want: rcodes.formErr },
+    { why: 'name runs out of the message', bytes: message({}).subarray(0, 18), want: rcodes.formErr },
+    { why: 'type is missing', bytes: message({}).subarray(0, -3), want: rcodes.formErr },
+    { why: 'compression in a question', bytes: Buffer.concat([message({}).subarray(0, 12), Buffer.of(0xc0, 12, 0, 1, 0, 1)]), want: rcodes.formErr },
+    { why: 'name over 255 bytes', bytes: message({ name: Array<string>(5).fill('a'.repeat(60)) }), want: rcodes.formErr },
+    { why: 'message over 512 bytes', bytes: Buffer.concat([message({}), Buffer.alloc(600)]), want: rcodes.formErr },
+  ]
+  for (const { why, bytes, want } of rows) t.equal(readQuestion(bytes), want, why)
+})
+
+function patched(bytes: Buffer, at: number, value: number): Buffer {
+  bytes[at] = value
+  return bytes
+}
+
+function answerTo(text: MessageText): ReturnType<typeof readAnswer> {
+  const reply = message({ flags: replyFlags, ...text })
+  return readAnswer(reply, questionOf(message({ ...(text.name === undefined ? {} : { name: text.name }), ...(text.type === undefined ? {} : { type: text.type }) })))
+}
+
+t.test('addresses at the end of the chain count, others do not', async (t) => {
+  const rows: { why: string; text: MessageText; want: string[]; ttl?: number; strays?: boolean }[] = [
+    { why: 'one address', text: { answers: [{ name: 'a.example', type: types.A, ttl: 7, data: '198.51.100.1' }] }, want: ['198.51.100.1'], ttl: 7 },
+    { why: 'owner as a pointer', text: { answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }] }, want: ['198.51.100.1'] },
+    { why: 'owner in another case', text: { answers: [{ name: 'A.EXAMPLE', type: types.A, data: '198.51.100.1' }] }, want: ['198.51.100.1'] },
+    { why: 'IPv6', text: { type: types.AAAA, answers: [{ name: toQuestion, type: types.AAAA, data: '2001:db8::1' }] }, want: ['2001:db8:0:0:0:0:0:1'] },
+    {
+      why: 'through aliases, lowest TTL of all', ttl: 3, want: ['198.51.100.3'],
+      text: { answers: [{ name: toQuestion, type: types.CNAME, ttl: 300, data: 'b.example' }, { name: 'b.example', type: types.CNAME, ttl: 3, data: 'c.example' }, { name: 'c.example', type: types.A, ttl: 90, data: '198.51.100.3' }] },
+    },
+    { why: 'aliases in the wrong order', want: ['198.51.100.3'], text: { answers: [{ name: 'b.example', type: types.A, data: '198.51.100.3' }, { name: toQuestion, type: types.CNAME, data: 'b.example' }] } },
+    { why: 'somebody else\'s address', strays: true, want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: 'other.example', type: types.A, data: '198.51.100.9' }] } },
+    { why: 'another class', want: [], text: { answers: [{ name: toQuestion, type: types.A, class: 3, data: '198.51.100.1' }] } },
+    { why: 'TTL with the top bit counts as 0', ttl: 0, want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, ttl: 0x80000000, data: '198.51.100.1' }] } },
+  ]
+  for (const { why, text, want, ttl, strays = false } of rows) {
+    const found = answerTo(text)
+    t.same(found?.addresses.map((record) => record.address), want, why)
+    t.equal(found?.strays, strays, `${why}: strays`)
+    if (ttl !== undefined) t.equal(found?.ttl, ttl, `${why}: TTL`)
+  }
+})
+
+t.test('malformed answers are of no use at all', async (t) => {
+  const good = message({ flags: replyFlags, answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }] })
+  const question = questionOf(message({}))
+  const loop = [{ name: toQuestion, type: types.CNAME, data: 'b.example' }, { name: 'b.example', type: types.CNAME, data: 'a.example' }]
+  const long = Array.from({ length: 40 }, (_, i) => ({ name: i === 0 ? 'a.example' : `n${i}.example`, type: types.CNAME, data: `n${i + 1}.example` }))
+  t.not(readAnswer(good, question), null, 'the pattern itself is good')
+  t.equal(readAnswer(good.subarray(0, -1), question), null, 'record data runs out')
+  t.equal(readAnswer(patched(Buffer.from(good), 7, 9), question), null, 'more records claimed than there are')
+  t.equal(readAnswer(message({ flags: replyFlags, answers: [{ name: toQuestion, type: types.A, data: Buffer.alloc(5) }] }), question), null, 'an address of five bytes')
+  t.equal(readAnswer(message({ flags: replyFlags, answers: [{ name: Buffer.of(0xc0, 0xff), type: types.A, data: '198.51.100.1' }] }), question), null, 'a pointer forwards')
+  t.equal(readAnswer(message({ flags: replyFlags, answers: loop }), question), null, 'aliases in a circle')
+  t.equal(readAnswer(message({ flags: replyFlags, answers: long }), question), null, 'forty aliases')
+})
+
+t.test('a name that only looks the same is another owner', async (t) => {
+  const found = answerTo({ name: 'x.allowed.example', answers: [{ name: ['x.allowed', 'example'], type: types.A, data: '198.51.100.66' }] })
+  t.same(found?.addresses, [])
+  t.equal(found?.strays, true)
+})
+
+t.test('replies of our own', async (t) => {
+  const query = message({ id: 0xbeef, flags: 0x0110, name: 'DeNied.Example', additional: [opt(1232)] })
+  const end = questionOf(query).end
+  const reply = emptyReply(query, end, rcodes.nxDomain)
+  t.equal(reply.readUInt16BE(0), 0xbeef, 'same id')
+  t.equal(reply.readUInt16BE(2), 0x8113, 'reply, RD and CD as asked, no AA, no RA, NXDOMAIN')
+  t.same([4, 6, 8, 10].map((at) => reply.readUInt16BE(at)), [1, 0, 0, 0], 'the question and nothing else, no OPT')
+  t.ok(reply.includes(wireName('DeNied.Example')), 'the name keeps its case')
+  t.same(headerReply(Buffer.from([0, 7, 0x28, 0, 0, 9, 0, 9, 0, 9, 0, 9, 1, 2]), rcodes.notImp), Buffer.from([0, 7, 0xa8, 4, 0, 0, 0, 0, 0, 0, 0, 0]))
+  t.equal(truncatedReply(query, end).readUInt16BE(2) & 0x0200, 0x0200, 'TC')
+})
+
+t.test('TTLs are only lowered', async (t) => {
+  const reply = message({ flags: replyFlags, answers: [{ name: toQuestion, type: types.A, ttl: 9999, data: '198.51.100.1' }, { name: toQuestion, type: types.A, ttl: 5, data: '198.51.100.2' }] })
+  capTtls(reply, readAnswer(reply, questionOf(message({})))?.ttlOffsets ?? [], 300)
+  t.same(readAnswer(reply, questionOf(message({})))?.ttlOffsets.map((at) => reply.readUInt32BE(at)), [300, 5])
+})
+
+t.test('a reply must repeat the question', async (t) => {
+  const query = message({ name: 'a.example', additional: [opt(1232)] })
+  const end = questionOf(query).end
+  const rows: { why: string; reply: Buffer; want: boolean }[] = [
+    { why: 'the same', reply: message({ flags: replyFlags }), want: true },
+    { why: 'another case', reply: message({ flags: replyFlags, name: 'A.eXample' }), want: true },
+    { why: 'another name', reply: message({ flags: replyFlags, name: 'b.example' }), want: false },
+    { why: 'another type', reply: message({ flags: replyFlags, type: types.AAAA }), want: false },
+    { why: 'a shorter one', reply: message({ flags: replyFlags, name: 'example' }), want: false },
+    { why: 'not a reply', reply: message({}), want: false },
+    { why: 'no question at all', reply: patched(message({ flags: replyFlags }), 5, 0), want: false },
+  ]
+  for (const { why, reply, want } of rows) t.equal(echoesQuestion(reply, query, end), want, why)
+})

@@ -1,0 +1,170 @@
+/** The sidecar as a process in a network namespace of its own, against real nft and a small internet behind a veth. */
+import { existsSync, mkdirSync, readFileSync, rmdirSync } from 'node:fs'
+import t from 'tap'
+import { needs } from '../support/abilities.ts'
+import { eventually } from '../support/program.ts'
+import { createNamespaces, outside, type Namespaces, type Seen } from './egress-namespaces.ts'
+
+await needs('root', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(180_000)
+
+const policy = (...allowed: string[]): string => JSON.stringify({ egress: allowed.map((target) => ({ action: 'allow', target })) })
+const namesSeen = (seen: readonly Seen[]): string[] => seen.filter((line) => line.saw === 'dns').map((line) => line.name ?? '')
+const api = (space: Namespaces, method: string, body: string, ...headers: string[]): Promise<string> =>
+  space.run('curl', '-s', '-m', '5', '-w', '%{http_code}', '-X', method, '-d', body, ...headers.flatMap((header) => ['-H', header]), 'http://127.0.0.1:18080/policy')
+
+t.test('what an allow list lets out, and nothing else', async (t) => {
+  await using space = await createNamespaces()
+  const before = await space.ask({ connect: outside.v4 }, { udp: '169.254.169.254' }, { connect: outside.v6 })
+  t.same(before.map((told) => told.result), ['open', 'echo', 'open'], 'without a policy all of it works')
+
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example', `${outside.other}`) })
+  const start = space.seen.length
+  const refused = await space.ask({ connect: outside.v4 }, { connect: outside.v6 }, { connect: '169.254.169.254' }, { udp: outside.v4, port: 443 }, { udp: '169.254.169.254' }, { udp: '224.0.0.251', port: 5353 }, { connect: '198.18.200.1', port: 443 })
+  for (const told of refused) t.match(told.result, /^(ECONNREFUSED|EPERM|EHOSTUNREACH|EACCES)$/, told.result)
+  t.ok(refused.every((told) => told.ms < 1000), 'refused at once, nobody waits for a timeout')
+  t.same((await space.ask({ connect: outside.other }))[0]?.result, 'open', 'an address rule')
+  t.same(space.seen.slice(start).filter((line) => line.saw !== 'tcp' || line.to !== `::ffff:${outside.other}`), [], 'the internet saw nothing but that')
+
+  const [denied, deniedTcp, malformed] = await space.ask({ ask: 'secret.evil.example' }, { ask: 'secret2.evil.example', tcp: true }, { ask: 'a%00b.ok.example' })
+  t.same([denied?.rcode, deniedTcp?.rcode, malformed?.rcode], [3, 3, 3], 'NXDOMAIN')
+  t.same(namesSeen(space.seen.slice(start)), [], 'no denied name left')
+
+  const [allowed, tcp, elsewhere, docker] = await space.ask({ ask: 'a.ok.example' }, { ask: 'b.ok.example', tcp: true }, { ask: 'c.ok.example', server: '192.0.0.9' }, { ask: 'd.ok.example', server: '127.0.0.11' })
+  t.same([allowed, tcp, elsewhere, docker].map((told) => `${told?.result} ${told?.rcode} ${told?.answers}`), Array<string>(4).fill('answered 0 1'), 'whichever resolver was asked, over UDP and TCP')
+  t.same(namesSeen(space.seen.slice(start)).sort(), ['a.ok.example', 'b.ok.example', 'c.ok.example', 'd.ok.example'])
+  await space.ask({ ask: 'ip-198-51-100-53.ok.example' })
+  const open = await space.ask({ connect: outside.v4 }, { udp: outside.v4, port: 443 }, { connect: outside.v4, port: 853 }, { udp: outside.v4, port: 853 })
+  t.equal(open[0]?.result, 'ECONNREFUSED', 'a name that leads to the resolver itself does not open it')
+  t.match(open[2]?.result, /ECONNREFUSED/)
+
+  const [learn] = await space.ask({ ask: 'ip-198-18-99-1.ok.example' })
+  t.equal(learn?.answers, 1)
+  const learned = await space.ask({ connect: '198.18.99.1' }, { udp: '198.18.99.1', port: 443 }, { connect: '198.18.99.1', port: 853 }, { connect: '198.18.99.2' })
+  t.same(learned.map((told) => told.result), ['open', 'echo', 'ECONNREFUSED', 'ECONNREFUSED'], 'the learned address, but not DNS over TLS, nor its neighbour')
+})
+
+t.test('IPv6 like IPv4', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  t.equal((await space.ask({ connect: outside.v6 }))[0]?.result, 'ECONNREFUSED')
+  const [asked] = await space.ask({ ask: 'v6.ok.example', type: 28, server: outside.v6 })
+  t.same([asked?.result, asked?.rcode, asked?.answers], ['answered', 0, 1], 'a question to an IPv6 resolver is redirected')
+  t.equal((await space.ask({ connect: outside.v6 }))[0]?.result, 'open')
+  t.equal((await space.ask({ connect: '2001:db8:53::99' }))[0]?.result, 'ECONNREFUSED')
+})
+
+t.test('no IPv6 loopback: IPv6 is refused, IPv4 works', async (t) => {
+  await using space = await createNamespaces({ ipv6: false })
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example', '::/0') })
+  t.match(await space.run('nft', 'list', 'chain', 'inet', 'opensandbox', 'egress'), /meta nfproto ipv6 goto denied/)
+  t.equal((await space.ask({ ask: 'ip-198-18-99-1.ok.example' }))[0]?.answers, 1)
+})
+
+t.test('a thousand first connections right behind their first answer: none refused', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  for (let round = 0; round < 5; round++) {
+    const names = Array.from({ length: 200 }, (_, i) => `ip-198-18-${round}-${i}.ok.example`)
+    const answers = await space.ask(...names.map((ask) => ({ ask })))
+    t.ok(answers.every((told) => told.rcode === 0 && told.answers === 1))
+    const connected = await space.ask(...names.map((_, i) => ({ connect: `198.18.${round}.${i}` })))
+    t.same(connected.filter((told) => told.result !== 'open'), [])
+  }
+})
+
+t.test('the policy changes: at once, also for connections that are open', async (t) => {
+  await using space = await createNamespaces()
+  const token = 'OPENSANDBOX-EGRESS-AUTH: secret'
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example', '*.fine.example'), OPENSANDBOX_EGRESS_TOKEN: 'secret' })
+  await space.ask({ ask: 'ip-198-18-0-1.ok.example' }, { ask: 'ip-198-18-0-2.fine.example' })
+  const [first, second] = await space.ask({ stream: '198.18.0.1' }, { stream: '198.18.0.2' })
+  t.same(await space.ask({ write: first?.stream ?? 0 }, { write: second?.stream ?? 0 }).then((list) => list.map((told) => told.result)), ['echo', 'echo'])
+
+  t.match(await api(space, 'POST', policy()), /^unauthorized\n401$/, 'the sandbox has no token')
+  t.match(await api(space, 'POST', policy(), 'OPENSANDBOX-EGRESS-AUTH: wrong'), /401$/)
+  t.match(await api(space, 'POST', policy('*.fine.example'), token), /"status":"ok","mode":"enforcing","enforcementMode":"dns\+nft".*200$/s)
+  const bytes = space.seen.filter((line) => line.saw === 'bytes').length
+  const after = await space.ask({ write: first?.stream ?? 0 }, { write: second?.stream ?? 0 }, { connect: '198.18.0.1' }, { connect: '198.18.0.2' }, { ask: 'x.ok.example' })
+  t.same(after.map((told) => told.result), ['closed', 'echo', 'ECONNREFUSED', 'open', 'answered'])
+  t.equal(after[4]?.rcode, 3)
+  t.equal(space.seen.filter((line) => line.saw === 'bytes').length, bytes + 1, 'nothing more arrived over the cut connection')
+
+  t.match(await api(space, 'PATCH', JSON.stringify([{ action: 'deny', target: '198.18.0.0/16' }]), token), /200$/)
+  t.same((await space.ask({ write: second?.stream ?? 0 }, { connect: '198.18.0.2' })).map((told) => told.result), ['closed', 'ECONNREFUSED'], 'a deny of the network cuts, too')
+})
+
+t.test('a lease is renewed by every packet', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  const expires = async (): Promise<string> => /198\.18\.7\.7 timeout \S+ expires (\S+)/.exec(await space.run('nft', 'list', 'set', 'inet', 'opensandbox', 'dyn_allow_v4'))?.[1] ?? ''
+  await space.ask({ ask: 'ip-198-18-7-7.ok.example' })
+  t.match(await expires(), /^1m|^\d\ds/, 'TTL 30 and a minute')
+  await space.ask({ connect: '198.18.7.7' })
+  t.match(await expires(), /^5m5\ds|^6m/, 'six minutes from the last packet')
+})
+
+t.test('it ends: nothing opens', async (t) => {
+  for (const signal of ['SIGTERM', 'SIGKILL'] as const) {
+    await using space = await createNamespaces()
+    const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+    t.equal(await sidecar.end(signal), signal === 'SIGTERM' ? 0 : 'SIGKILL')
+    const start = space.seen.length
+    const after = await space.ask({ ask: 'a.ok.example' }, { ask: 'a.ok.example', tcp: true }, { connect: outside.v4 }, { connect: outside.v6 }, { udp: '169.254.169.254' })
+    t.notOk(after.some((told) => ['answered', 'open', 'echo'].includes(told.result)), `${signal}: ${after.map((told) => told.result).join(' ')}`)
+    t.same(space.seen.slice(start), [])
+  }
+})
+
+t.test('started again in the same namespace', async (t) => {
+  await using space = await createNamespaces()
+  const first = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  await first.end('SIGKILL')
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  t.equal((await space.ask({ ask: 'ip-198-18-0-1.ok.example' }))[0]?.answers, 1)
+  t.equal((await space.ask({ connect: '198.18.0.1' }))[0]?.result, 'open')
+  t.equal((await space.run('nft', 'list', 'tables')).match(/opensandbox/g)?.length, 1)
+})
+
+t.test('a start that fails leaves everything refused', async (t) => {
+  await using space = await createNamespaces()
+  await t.rejects(space.startSidecar({ OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: '{"defaultAction":"allow"}' }), /exit 1:.*no exemption by cgroup/s)
+  t.equal((await space.ask({ connect: outside.other }))[0]?.result, 'timeout', 'even under default allow')
+  await using bad = await createNamespaces()
+  await t.rejects(bad.startSidecar({ OPENSANDBOX_EGRESS_MODE: 'dns+nfd', OPENSANDBOX_EGRESS_RULES: '{"egress":[{"action":"maybe","target":"*"}]}' }), /exit 64:.*mode: must be one of.*egress\[0\]\.action.*egress\[0\]\.target/s)
+  t.equal(await bad.run('nft', 'list', 'tables'), '', 'bad configuration: nothing was touched')
+})
+
+t.test('exempt by cgroup: only the sidecar, and only to its resolver', async (t) => {
+  await using space = await createNamespaces()
+  const tree = ['/sys/fs/cgroup/unified', '/sys/fs/cgroup'].find((path) => existsSync(`${path}/cgroup.procs`))
+  if (tree === undefined) return t.plan(0, 'this machine has no cgroup2 tree')
+  const cgroup = `${tree}/egress-test-${process.pid}`
+  mkdirSync(cgroup)
+  try {
+    const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') }, cgroup)
+    t.match(sidecar.log(), /"exemption":"cgroup-(iptables|nft)"/)
+    t.equal((await space.ask({ ask: 'ip-198-18-0-1.ok.example' }))[0]?.answers, 1)
+    t.equal((await space.ask({ ask: 'many-500.ok.example', tcp: true }))[0]?.answers, 500, 'truncated over UDP, asked again over TCP')
+    t.same(new Set((await space.ask(...Array.from({ length: 50 }, (_, i) => ({ connect: `198.18.${i & 1}.${i * 4}` })))).map((told) => told.result)), new Set(['open']))
+    const forged = await space.run('python3', '-c', forgery, outside.v4, '198.18.200.1')
+    t.same(forged.trim().split('\n'), ['53 3', 'refused'], 'a mark is wiped: the question is judged, the connection refused')
+    t.same(space.seen.filter((line) => line.name === 'evil.example' || line.to?.endsWith('198.18.200.1')), [])
+    await sidecar.end('SIGTERM')
+  } finally {
+    await eventually('the cgroup is empty', async () => readFileSync(`${cgroup}/cgroup.procs`, 'utf8') === '' ? true : undefined)
+    rmdirSync(cgroup)
+  }
+})
+
+/** Root of the namespace sets the sidecar's mark on its own sockets, asks the resolver and connects to anywhere. */
+const forgery = `
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(1, 36, 0x1ee7); s.settimeout(2)
+s.sendto(b'\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4evil\\7example\\0\\0\\1\\0\\1', (sys.argv[1], 53))
+print(53, s.recv(512)[3] & 15)
+c = socket.socket(); c.setsockopt(1, 36, 0x1ee7); c.settimeout(2)
+try:
+    c.connect((sys.argv[2], 443)); print('connected')
+except OSError as e: print('refused' if e.errno == 111 else e)
+`
