@@ -15,6 +15,12 @@ export function attack(container: string, name: string, ...args: readonly string
   return exec(container, attackCommand(name, ...args))
 }
 
+/** Runs several attempts at once, each written as words; gives what each said, `ok` for those that were answered. */
+export async function attackTogether(container: string, tries: readonly (readonly string[])[]): Promise<string[]> {
+  const { stdout } = await attack(container, 'together', ...tries.map((words) => words.join(' ')))
+  return stdout.trimEnd().split('\n')
+}
+
 /** Packets that arrived at an address, whatever the protocol and port. */
 export function packetsTo(flows: readonly Flow[], address: string): number {
   return flows.filter((flow) => flow.to === address).reduce((sum, flow) => sum + flow.packets, 0)

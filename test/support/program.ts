@@ -12,6 +12,7 @@ export interface Program extends AsyncDisposable {
   readonly pid: number
   /** Settles with the exit code, or the signal's name. */
   readonly ended: Promise<number | string>
+  readonly running: boolean
   /** What it wrote so far, both streams as they came. */
   log(): string
   /** Sends the signal and waits for the end. A program that takes longer than 15 s is killed, and that is an error. */
@@ -41,6 +42,9 @@ export async function startProgram({ args, env = {}, ready, seconds = 20, starte
   const program: Program = {
     pid: child.pid ?? 0,
     ended,
+    get running() {
+      return !over
+    },
     log: () => log,
     async stop(signal = 'SIGTERM') {
       child.kill(signal)

@@ -227,14 +227,18 @@ class RunningStack implements Stack {
     return docker.listContainers({ all: true, filters: { label: [`${labels.instance}=${this.instance}`] } })
   }
 
+  /** First as a user would, so that the server also takes its network and rules away; then by force whatever is left. */
   async [Symbol.asyncDispose](): Promise<void> {
     const failures: unknown[] = []
-    const step = async (work: PromiseLike<unknown>): Promise<void> => void (await Promise.resolve(work).catch((error: unknown) => failures.push(error)))
-    for (const { program } of this.gateways.values()) await step(program[Symbol.asyncDispose]())
-    if (this.#server !== undefined) await step(this.#server[Symbol.asyncDispose]())
+    const step = async (work: () => PromiseLike<unknown>): Promise<void> => void (await work().then(undefined, (error: unknown) => failures.push(error)))
+    for (const { program } of this.gateways.values()) await step(() => program[Symbol.asyncDispose]())
+    if (this.#server?.running === true) {
+      await step(async () => Promise.all((await this.api.list()).map(({ id }) => this.api.call('DELETE', `/v1/sandboxes/${id}`))))
+      await step(() => this.server[Symbol.asyncDispose]())
+    }
     const left = await this.containers()
-    await Promise.all(left.map((container) => step(docker.getContainer(container.Id).remove({ force: true, v: true }).catch(ignoreGone))))
-    await step(docker.getNetwork(this.network).remove().catch(ignoreGone))
+    await Promise.all(left.map((container) => step(() => docker.getContainer(container.Id).remove({ force: true, v: true }).catch(ignoreGone))))
+    await step(() => docker.getNetwork(this.network).remove().catch(ignoreGone))
     await rm(this.folder, { recursive: true, force: true })
     if (failures.length > 0) throw new AggregateError(failures, 'the stack did not end cleanly')
   }

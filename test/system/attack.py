@@ -4,10 +4,11 @@ Prints what came back. Ends with 0 when the attempt got an answer, 1 with the re
 here: the tests' internet counts what arrived.
 """
 import errno
-import os
 import socket
 import struct
+import subprocess
 import sys
+import threading
 
 WAIT = 1.5
 
@@ -137,6 +138,12 @@ def bind(proto, address, port):
         return "bound"
 
 
+def ping(host):
+    if subprocess.run(["ping", "-c", "1", "-W", "1", host], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        raise OSError("no answer")
+    return "answered"
+
+
 def checksum(data):
     total = sum(struct.unpack("!%dH" % (len(data) // 2), data))
     total = (total >> 16) + (total & 0xFFFF)
@@ -189,17 +196,41 @@ def reverse(address, server="127.0.0.11"):
         s.send(question(name, 12))
         answer = s.recv(4096)
         verdict(answer)
-        offset, parts = 12 + len(question(name, 12)) - 12 + 12, []
-        while answer[offset]:
-            parts.append(answer[offset + 1 : offset + 1 + answer[offset]].decode())
-            offset += 1 + answer[offset]
-        return ".".join(parts)
+        name_end, _ = labels_at(answer, len(question(name, 12)))
+        return labels_at(answer, name_end + 10)[1]
 
 
-def write(path, text):
-    with open(path, "w") as file:
-        file.write(text)
-    return "written"
+def labels_at(message, offset):
+    """Reads a name (RFC 1035 4.1.4); returns where it ends and its text."""
+    parts, end = [], None
+    while message[offset]:
+        if message[offset] >= 0xC0:
+            end = end or offset + 2
+            offset = struct.unpack("!H", message[offset : offset + 2])[0] & 0x3FFF
+            continue
+        parts.append(message[offset + 1 : offset + 1 + message[offset]].decode())
+        offset += 1 + message[offset]
+    return end or offset + 1, ".".join(parts)
+
+
+def together(*tries):
+    """Several attempts at once, each one argument of words; prints one line of ok or what was wrong for each, in order."""
+    outcomes = [""] * len(tries)
+
+    def attempt(index):
+        try:
+            name, *arguments = tries[index].split(" ")
+            globals()[name](*arguments)
+            outcomes[index] = "ok"
+        except (OSError, IndexError, struct.error) as error:
+            outcomes[index] = str(error)
+
+    threads = [threading.Thread(target=attempt, args=(index,)) for index in range(len(tries))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return "\n".join(outcomes)
 
 
 try:

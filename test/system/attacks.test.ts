@@ -69,7 +69,7 @@ const attacks: Attack[] = [
   reach('UDP in fragments', 'open', (to) => [run('udp', to, '9999', '8000')]),
   reach('IPv4 inside an IPv6 socket', 'open', (to) => [run('mapped', to, '443')]),
   reach('data in the SYN', 'open', (to) => [run('fastopen', to, '443')]),
-  reach('ICMP', 'plain', (to) => [['ping', '-c', '1', '-W', '1', to]]),
+  reach('ICMP', 'plain', (to) => [run('ping', to)]),
   reach('the address of an allowed name that nobody asked for', 'open', (to) => [run('tcp', to, '80')], '198.51.100.10'),
   reach('DNS over TLS to a public resolver', 'open', (to) => [run('tcp', to, '853')], '1.1.1.1'),
   reach('DNS over HTTPS to a public resolver', 'open', (to) => [run('tcp', to, '443')], '9.9.9.9'),
@@ -109,10 +109,16 @@ t.test('attacks from inside', async (t) => {
 
   for (const each of attacks) {
     if (each.first === 'admin') await putRuleInTheWay(admin.id)
-    const loose = await arrivals(internet, each, first[each.first])
-    t.ok(loose.seen > 0, `${each.why}: works where nothing holds it`, loose)
-    const held = await arrivals(internet, each, guarded.main)
-    t.equal(held.seen, 0, `${each.why}: nothing arrives from a sandbox with a policy`, held)
+    await internet.forget()
+    const outputs = await runTries(each, first[each.first])
+    t.ok((await arrivals(internet, each)) > 0, `${each.why}: works where nothing holds it`, { outputs })
+  }
+
+  await internet.forget()
+  for (let at = 0; at < attacks.length; at += 8) {
+    const some = attacks.slice(at, at + 8)
+    const outputs = await Promise.all(some.map((each) => runTries(each, guarded.main)))
+    for (const [index, each] of some.entries()) t.equal(await arrivals(internet, each), 0, `${each.why}: nothing arrives from a sandbox with a policy`, { outputs: outputs[index] })
   }
 
   await internet.forget()
@@ -146,16 +152,17 @@ t.test('taking the place of the sidecar', async (t) => {
   t.equal(await internet.strays(), 0)
 })
 
-/** Runs all of an attack's commands and counts what arrived meanwhile. */
-async function arrivals(internet: Internet, { tries, address, name }: Attack, container: string): Promise<{ seen: number; outputs: string[] }> {
-  await internet.forget()
+async function runTries({ tries }: Attack, container: string): Promise<string[]> {
   const outputs: string[] = []
   for (const command of tries) {
     const { code, stdout, stderr } = await exec(container, command, 10)
     outputs.push(`${code} ${stdout}${stderr}`)
   }
-  const seen = address === undefined ? questionsFor(await internet.questions(), name ?? '') : packetsTo(await internet.flows(), address)
-  return { seen, outputs }
+  return outputs
+}
+
+async function arrivals(internet: Internet, { address, name }: Attack): Promise<number> {
+  return address === undefined ? questionsFor(await internet.questions(), name ?? '') : packetsTo(await internet.flows(), address)
 }
 
 /** A table like a sidecar's, in the container's own namespace: without flushing it nothing gets out. */

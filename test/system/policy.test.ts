@@ -1,7 +1,7 @@
 /** A policy as users write them, in real sandboxes: which places connect, and which do not, judged by what arrived there. */
-import t from 'tap'
+import t, { type Test } from 'tap'
 import { needs } from '#test/support/abilities.ts'
-import { attack, packetsTo, questionsFor } from '#test/support/attack.ts'
+import { attackTogether, packetsTo, questionsFor } from '#test/support/attack.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { startStack, type Sandbox } from '#test/support/stack.ts'
 
@@ -63,16 +63,11 @@ t.test('a policy that denies by default', async (t) => {
   await using stack = await startStack({ internet })
   const open = await stack.create()
   const guarded = await stack.create({ networkPolicy })
-  for (const [why, host, connects, address] of places) {
-    for (const protocol of ['tcp', 'udp'] as const) {
-      t.ok((await knock(internet, open, protocol, host)).answered, `${host} ${protocol}: answers a sandbox without a policy`)
-      const result = await knock(internet, guarded, protocol, host)
-      t.equal(result.answered, connects, `${host} ${protocol}: ${why}`, result)
-      if (!connects) t.equal(packetsTo(result.flows, address ?? host), 0, `${host} ${protocol}: no packet arrived`)
-    }
-  }
+  const everywhere = places.flatMap(([, host]) => triesFor(host))
+  t.same(await attackTogether(open.main, everywhere), everywhere.map(() => 'ok'), 'without a policy every place answers', { everywhere })
+  for (const place of places) await tryPlace(t, internet, guarded, place)
   await internet.forget()
-  await knock(internet, guarded, 'tcp', 'two.example', false)
+  await attackTogether(guarded.main, triesFor('two.example'))
   t.equal(questionsFor(await internet.questions(), 'two.example'), 0, 'a denied name is never asked for outside')
   await t.test('no IPv6 at all', async (t) => {
     const addresses = await guarded.run(['cat', '/proc/net/if_inet6'])
@@ -91,11 +86,7 @@ t.test('a policy that allows by default', async (t) => {
     ['an address nobody spoke of', '198.51.100.30', true],
     ['an address in a denied network', '198.18.4.7', false],
   ]
-  for (const [why, host, connects, address] of cases) {
-    const result = await knock(internet, guarded, 'tcp', host)
-    t.equal(result.answered, connects, why, result)
-    if (!connects) t.equal(packetsTo(result.flows, address ?? host), 0, `${why}: no packet arrived`)
-  }
+  for (const place of cases) await tryPlace(t, internet, guarded, place)
   t.equal(await internet.strays(), 0)
 })
 
@@ -104,19 +95,21 @@ t.test('policies that allow nothing', async (t) => {
   await using stack = await startStack({ internet })
   for (const empty of [{}, { defaultAction: 'deny' }, { egress: [] }]) {
     const guarded = await stack.create({ networkPolicy: empty })
-    for (const host of ['one.example', '198.51.100.30']) {
-      const result = await knock(internet, guarded, 'tcp', host)
-      t.equal(result.answered, false, `${JSON.stringify(empty)}: ${host}`)
-      t.same(result.flows.filter((flow) => flow.to !== '198.51.100.53'), [], 'nothing arrived but what the sidecar itself asks')
-      t.same(await internet.questions().then((all) => all.filter((question) => question.name === 'one.example')), [])
-    }
+    await internet.forget()
+    const said = await attackTogether(guarded.main, ['one.example', '198.51.100.30'].flatMap(triesFor))
+    t.notMatch(said, /ok/, `${JSON.stringify(empty)}: nothing answers`)
+    t.same((await internet.flows()).filter((flow) => flow.to !== '198.51.100.53'), [], 'nothing arrived but what the sidecar itself asks')
+    t.equal(questionsFor(await internet.questions(), 'one.example'), 0, 'nor did a question')
     await guarded.remove()
   }
   t.equal(await internet.strays(), 0)
 })
 
-async function knock(internet: Internet, sandbox: Sandbox, protocol: 'tcp' | 'udp', host: string, forget = true): Promise<{ answered: boolean; output: string; flows: Awaited<ReturnType<Internet['flows']>> }> {
-  if (forget) await internet.forget()
-  const { code, stdout, stderr } = await attack(sandbox.main, protocol, host, '443')
-  return { answered: code === 0, output: stdout + stderr, flows: await internet.flows() }
+const triesFor = (host: string): string[][] => ['tcp', 'udp'].map((protocol) => [protocol, host, '443'])
+
+async function tryPlace(t: Test, internet: Internet, sandbox: Sandbox, [why, host, connects, address = host]: Place): Promise<void> {
+  await internet.forget()
+  const said = await attackTogether(sandbox.main, triesFor(host))
+  t.same(said.map((word) => word === 'ok'), [connects, connects], `${host}: ${why}`, { said })
+  if (!connects) t.equal(packetsTo(await internet.flows(), address), 0, `${host}: no packet arrived`)
 }

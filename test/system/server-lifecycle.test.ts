@@ -1,0 +1,185 @@
+/** The lifecycle server on a real engine: what ends a sandbox, what leaves it alone, and what is left afterwards. */
+import { createServer } from 'node:net'
+import { execa } from 'execa'
+import t from 'tap'
+import { request } from 'undici'
+import { labels } from '#policies/wire.ts'
+import { needs } from '#test/support/abilities.ts'
+import { createNetwork, docker, exec } from '#test/support/containers.ts'
+import type { Internet } from '#test/support/internet.ts'
+import { eventually } from '#test/support/program.ts'
+import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
+
+t.setTimeout(600_000)
+await needs('root', 'docker', 'nft')
+
+/** Nothing here leaves the sandboxes' own bridge, so no internet is needed. */
+const nowhere = { dns: '198.51.100.53:53', fence: async () => undefined } as Pick<Internet, 'dns' | 'fence'> as Internet
+const policy = { networkPolicy: { egress: [] } }
+
+t.test('what ends a sandbox', { timeout: 180_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const state = async (sandbox: Sandbox): Promise<string> => {
+    const found = await stack.api.get(sandbox.id)
+    return found === undefined ? 'gone' : `${found.status.state} ${found.status.reason}`
+  }
+  const becomes = async (sandbox: Sandbox, wanted: string, why: string): Promise<void> => {
+    const last = await eventually(why, async () => ((await state(sandbox)) === wanted ? wanted : undefined), 5).catch(() => state(sandbox))
+    t.equal(await last, wanted, why)
+  }
+
+  const guarded = await stack.create(policy)
+  t.match((await guarded.run(['curl', '-s', '-m', '3', 'http://127.0.0.1:8080/'])).stdout, /./, 'its own loopback works')
+  await docker.getContainer(guarded.sidecar!).kill()
+  await becomes(guarded, 'Failed EGRESS_GONE', 'its sidecar was killed')
+  t.equal((await stack.containers()).length, 0, 'and nothing of it runs on')
+  await guarded.remove()
+  await becomes(guarded, 'gone', 'then it was deleted')
+
+  const removed = await stack.create(policy)
+  await docker.getContainer(removed.sidecar!).remove({ force: true })
+  await becomes(removed, 'Failed EGRESS_GONE', 'its sidecar was removed by hand')
+
+  const byHand = await stack.create(policy)
+  await docker.getContainer(byHand.main).remove({ force: true })
+  await becomes(byHand, 'gone', 'its main container was removed by hand')
+
+  for (const [code, wanted] of [['0', 'Terminated CONTAINER_EXITED'], ['3', 'Failed CONTAINER_EXITED_ERROR']] as const) {
+    const ending = await stack.create({ ...policy, entrypoint: ['sh', '-c', `sleep 2; exit ${code}`] })
+    await becomes(ending, wanted, `its program ended with ${code}`)
+    await eventually('its sidecar goes', async () => ((await stack.containers()).some((container) => container.Id === ending.sidecar) ? undefined : true))
+  }
+
+  const paused = await stack.create(policy)
+  await stack.api.call('POST', `/v1/sandboxes/${paused.id}/pause`)
+  t.equal(await state(paused), 'Paused CONTAINER_PAUSED')
+  await docker.getContainer(paused.main).unpause()
+  await becomes(paused, 'Running CONTAINER_RUNNING', 'resumed by hand')
+})
+
+t.test('on time, also when the server was away', { timeout: 180_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const [short, renewed, missed] = [await stack.create(policy), await stack.create(policy), await stack.create(policy)]
+  const renew = async (sandbox: Sandbox, milliseconds: number): Promise<number> => {
+    const at = Date.now() + milliseconds
+    t.equal((await stack.api.call('POST', `/v1/sandboxes/${sandbox.id}/renew-expiration`, { expiresAt: new Date(at).toISOString() })).status, 200)
+    return at
+  }
+  await renew(renewed, 60_000)
+  const end = await renew(short, 2000)
+  await eventually('the first expires', async () => ((await stack.api.get(short.id)) === undefined ? true : undefined))
+  t.ok(Date.now() - end < 2000, `${Date.now() - end} ms after its time`)
+  t.equal((await stack.containers()).length, 4, 'with its containers')
+
+  await renew(missed, 1000)
+  await stack.server.stop('SIGKILL')
+  await new Promise((resolve) => setTimeout(resolve, 1500))
+  await stack.startServer()
+  const back = Date.now()
+  await eventually('the missed one expires', async () => ((await stack.api.get(missed.id)) === undefined ? true : undefined))
+  t.ok(Date.now() - back < 2000, `${Date.now() - back} ms after the server's return`)
+  t.equal((await stack.api.get(renewed.id))?.status.state, 'Running', 'the renewed one lives: renewals survive')
+})
+
+t.test('metadata survives, and so does the sandbox, when the server stops', { timeout: 120_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const sandbox = await stack.create({ ...policy, metadata: { a: '1', b: '2' } })
+  await stack.api.call('PATCH', `/v1/sandboxes/${sandbox.id}/metadata`, { a: null, c: '3' })
+  t.equal(await stack.server.stop('SIGTERM'), 0)
+  t.equal((await stack.containers()).filter((container) => container.State === 'running').length, 2, 'sandboxes run on')
+  t.match((await execa('nft', ['list', 'table', 'inet', 'sallyport_host'])).stdout, stack.bridge, 'guarded')
+  await stack.startServer()
+  t.same((await stack.api.get(sandbox.id))?.metadata, { b: '2', c: '3' })
+  await sandbox.remove()
+  t.equal(await stack.server.stop('SIGTERM'), 0)
+  t.equal((await docker.listNetworks()).some((network) => network.Name === stack.network), false, 'the last one takes the network along')
+  t.notMatch((await execa('nft', ['list', 'ruleset'])).stdout, stack.bridge, 'and its rules')
+})
+
+t.test('two servers on one engine', { timeout: 120_000 }, async (t) => {
+  await using first = await startStack({ internet: nowhere })
+  await using second = await startStack({ internet: nowhere, config: { docker: { network_name: first.network, bridge_name: first.bridge } } })
+  const [mine, other] = [await first.create(policy), await second.create(policy)]
+  t.equal((await second.api.get(mine.id)), undefined)
+  t.equal((await second.api.call('DELETE', `/v1/sandboxes/${mine.id}`)).status, 404)
+  await second.server.stop('SIGKILL')
+  await second.startServer()
+  t.equal(await first.server.stop('SIGTERM'), 0, 'one stops')
+  t.equal((await docker.listNetworks()).some((network) => network.Name === first.network), true, "the network stays: the other's sandbox is on it")
+  await first.startServer()
+  for (const [stack, sandbox] of [[first, mine], [second, other]] as const) {
+    t.equal((await stack.api.list()).map((item) => `${item.id} ${item.status.state}`).join(), `${sandbox.id} Running`)
+  }
+  await mine.remove()
+  t.equal((await second.api.get(other.id))?.status.state, 'Running')
+})
+
+t.test('what a sandbox reaches without a policy, and with one', { timeout: 180_000 }, async (t) => {
+  await using plain = await createNetwork('isolation')
+  await using stack = await startStack({ internet: nowhere })
+  const service = createServer((socket) => socket.end('host')).listen(0, '::')
+  t.teardown(() => service.close())
+  const port = (service.address() as { port: number }).port
+  const loose = await plain.run()
+  const published = await plain.run({ Entrypoint: ['node', '/opt/sallyport/app.mjs'], ExposedPorts: { '8080/tcp': {} }, HostConfig: { PortBindings: { '8080/tcp': [{ HostIp: '', HostPort: '' }] } } })
+  const publishedPort = (await docker.getContainer(published.id).inspect()).NetworkSettings.Ports['8080/tcp']?.[0]?.HostPort ?? ''
+  const [open, guarded, neighbour] = [await stack.create(), await stack.create(policy), await stack.create()]
+  const addressOf = async (id: string): Promise<string> => Object.values((await docker.getContainer(id).inspect()).NetworkSettings.Networks)[0]?.IPAddress ?? ''
+  const gatewayOf = async (name: string): Promise<string> => (await docker.getNetwork(name).inspect()).IPAM.Config[0].Gateway
+  const own = await gatewayOf(stack.network)
+  const neighbourAt = await addressOf(neighbour.main)
+
+  const places: [why: string, from: (network: 'plain' | 'own') => Promise<string>, port: string][] = [
+    ['a service of the host, by the gateway of the bridge', (network) => (network === 'plain' ? gatewayOf(plain.name) : Promise.resolve(own)), String(port)],
+    ['a service of the host, by another bridge', () => gatewayOf(plain.name), String(port)],
+    ['a published port of somebody else', () => gatewayOf(plain.name), publishedPort],
+    ['a neighbour', (network) => Promise.resolve(network === 'plain' ? published.address : neighbourAt), '8080'],
+  ]
+  for (const [why, address, at] of places) {
+    t.equal(await connects(loose.id, await address('plain'), at), true, `${why}: reached from a plain container`)
+    for (const [kind, sandbox] of [['without', open], ['with', guarded]] as const) t.equal(await connects(sandbox.main, await address('own'), at), false, `${why}: not from a sandbox ${kind} a policy`)
+  }
+  t.equal(await connects(open.main, '127.0.0.1', '8080'), true, 'itself, of course')
+  for (const sandbox of [open, guarded]) t.notMatch((await sandbox.run(['cat', '/proc/net/if_inet6'])).stdout, /eth0/, 'no IPv6 towards anybody')
+
+  await t.test("neighbours' names tell no ids", async (t) => {
+    const ask = ['python3', '-c', `import socket; print(socket.gethostbyaddr("${neighbourAt}")[0])`]
+    const name = (await open.run(ask)).stdout.trim()
+    t.notMatch(name, neighbour.id.slice(0, 8))
+  })
+  await t.test('what the main container may do', async (t) => {
+    const status = (await guarded.run(['cat', '/proc/1/status'])).stdout
+    const effective = BigInt(`0x${/^CapBnd:\s*(\w+)/m.exec(status)?.[1]}`)
+    t.equal(effective & (1n << 12n), 0n, 'no NET_ADMIN')
+    t.equal(effective & (1n << 13n), 0n, 'no NET_RAW')
+    t.match(status, /^NoNewPrivs:\s*1/m)
+    t.match(status, /^Seccomp:\s*2/m)
+    t.not((await guarded.run(['sh', '-c', 'echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6'])).code, 0, 'sysctls cannot be written')
+  })
+})
+
+t.test('bad requests create nothing', { timeout: 60_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const body = { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {} }
+  const cases: [Record<string, unknown>, number][] = [
+    [{ ...body, timeout: 1 }, 400], [{ ...body, networkPolicy: { egress: [{ action: 'allow', target: 'http://a' }] } }, 400],
+    [{ ...body, resourceLimits: { cpu: '4000' } }, 400], [{ ...body, image: { uri: 'sallyport/none:1' } }, 500], [{ ...body, entrypoint: ['/no/such/program'] }, 400],
+  ]
+  for (const [given, status] of cases) t.equal((await stack.api.call('POST', '/v1/sandboxes', given)).status, status, JSON.stringify(given))
+  t.same([await stack.api.list(), await stack.containers()], [[], []])
+  const ready = await request(`${stack.api.url}/health/ready`)
+  t.match(await ready.body.json(), { status: 'ready', checks: { isolation: 'isolated', host_guard: 'ok' } })
+})
+
+t.test('labels', { timeout: 60_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const sandbox = await stack.create({ ...policy, metadata: { team: 'x' } })
+  const { Config, Name } = await docker.getContainer(sandbox.main).inspect()
+  t.match(Config.Labels, { [labels.id]: sandbox.id, [labels.expiresAt]: /\+00:00$/, [labels.instance]: stack.instance, [labels.role]: 'main', team: 'x', [labels.egressAuthToken]: /./ })
+  t.notMatch(Name, sandbox.id.slice(0, 8))
+})
+
+async function connects(container: string, address: string, port: string): Promise<boolean> {
+  const script = `import socket; socket.create_connection(("${address}",${port}),timeout=1)`
+  return (await exec(container, ['python3', '-c', script], 5)).code === 0
+}
