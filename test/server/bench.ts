@@ -5,6 +5,7 @@ import { join } from 'node:path'
 import type { FastifyInstance } from 'fastify'
 import { createWorkshop } from '../../server/carry-out.ts'
 import { readConfig, type Config } from '../../server/config.ts'
+import { Execd } from '../../server/execd.ts'
 import { Groups } from '../../server/groups.ts'
 import type { Group } from '../../server/group.ts'
 import { HostGuard } from '../../server/host-guard.ts'
@@ -63,9 +64,12 @@ export class Bench {
     this.store = new Store(options.store ?? ':memory:')
     this.clock = options.clock ?? { now: Date.UTC(2026, 0, 1) }
     const network = new SandboxNetwork(config, { engine: this.engine, guard: new HostGuard(async () => '') })
+    const images = new Images(this.engine)
+    const reference = config.runtime.execd_image
+    const execd = reference === undefined ? null : new Execd(reference, { engine: this.engine, images, instance: 'bench' })
     this.groups = new Groups({
       config, instance: 'bench', store: this.store, engine: this.engine, ports: new HostPorts('127.0.0.1'),
-      workshop: createWorkshop(config, new Images(this.engine), network, options.confirm ?? (async () => undefined)),
+      workshop: createWorkshop(config, { images, network, execd, confirm: options.confirm ?? (async () => undefined) }),
       now: () => this.clock.now,
       changed: (id: string, group: Group | null) => (group === null ? this.routes.delete(id) : this.routes.put(toRoute(group))),
       report: (event) => void this.events.push(event),

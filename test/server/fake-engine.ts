@@ -2,6 +2,7 @@
 import { labels } from '#policies/wire.ts'
 import type { ContainerSpec } from '../../server/container-spec.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
+import { writeTar } from '../../server/tar.ts'
 
 type Kept = { spec: ContainerSpec; state: Found['state']; exitCode: number | null; address: string }
 
@@ -9,6 +10,11 @@ export class FakeEngine {
   readonly kept = new Map<string, Kept>()
   readonly calls: string[] = []
   readonly images = new Set(['image:1', 'egress:1'])
+  /** Image name → id, where they differ. */
+  readonly imageIds = new Map<string, string>()
+  /** In every image. */
+  readonly files = new Map<string, string>()
+  readonly written = new Map<string, Buffer>()
   networkFact: NetworkFact | null = null
   /** Called before each call takes effect; throw, or return a promise that never settles. */
   before: (call: string) => void | Promise<void> = () => undefined
@@ -63,6 +69,19 @@ export class FakeEngine {
     return this.#do(`remove ${this.kept.get(id)?.spec.labels[labels.role]}`, () => void this.kept.delete(id))
   }
 
+  /** A tar, as the engine gives it: what `files` holds for that path. */
+  read(_id: string, path: string): Promise<Buffer> {
+    return this.#do(`read ${path}`, () => {
+      const content = this.files.get(path)
+      if (content === undefined) throw new EngineError(`Could not find the file ${path}`, 404)
+      return writeTar({ [path.slice(1)]: { mode: 0o644, content: Buffer.from(content) } })
+    })
+  }
+
+  write(id: string, archive: Buffer): Promise<void> {
+    return this.#do(`write ${this.kept.get(id)?.spec.labels[labels.role]}`, () => void this.written.set(id, archive))
+  }
+
   pause(id: string): Promise<void> {
     return this.#do('pause', () => void (this.#get(id).state = 'paused'))
   }
@@ -81,7 +100,7 @@ export class FakeEngine {
   }
 
   image(reference: string): Promise<{ id: string; os: string; arch: string } | null> {
-    return this.#do('image', () => (this.images.has(reference) ? { id: reference, os: 'linux', arch: 'amd64' } : null))
+    return this.#do('image', () => (this.images.has(reference) ? { id: this.imageIds.get(reference) ?? reference, os: 'linux', arch: 'amd64' } : null))
   }
 
   pull(reference: string): Promise<void> {
