@@ -32,6 +32,11 @@ export class ClientStream extends Duplex {
     socket.on('close', () => this.destroy())
   }
 
+  /** One side has ended, the other not yet. */
+  get halfClosed(): boolean {
+    return this.readableEnded || this.writableEnded
+  }
+
   /** The head was sent: from now on the client's connection is a tunnel, and ends as one. */
   open(): void {
     this.#open = true

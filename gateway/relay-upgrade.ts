@@ -118,6 +118,9 @@ class AgentOfSandbox implements Belonging {
 /** What http-proxy-3 reads of a request. */
 type ProxiedRequest = Pick<IncomingMessage, 'method' | 'url' | 'headers' | 'httpVersion' | 'httpVersionMajor'>
 
+/** ms of silence after which a tunnel that one side has ended is given up. */
+const lingerMs = 60_000
+
 class Tunnel implements Belonging {
   readonly client: ClientStream
   readonly request: ProxiedRequest
@@ -144,7 +147,7 @@ class Tunnel implements Belonging {
     this.request = { method: 'GET', url: '/', headers: grouped(visit, authorityOf(sandbox, visit.port), options), httpVersion: '1.1', httpVersionMajor: 1 }
     sandbox.tunnels.add(this)
     socket.setTimeout(0)
-    socket.on('close', () => this.#end())
+    socket.on('close', (hadError) => this.#end(hadError))
   }
 
   /** First with the request, before http-proxy-3 listens to it. */
@@ -227,6 +230,7 @@ class Tunnel implements Belonging {
 
   checkTimes(now: number): void {
     const { firstByteTimeout } = this.#options
+    if (this.client.halfClosed && now - this.client.lastByteAt > lingerMs) this.#socket.destroy()
     if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
     this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
     this.#outgoing?.destroy()
@@ -238,7 +242,8 @@ class Tunnel implements Belonging {
     this.#socket.destroy()
   }
 
-  #end(): void {
+  /** @param vanished the client's connection broke: the sandbox must not take that for an end */
+  #end(vanished: boolean): void {
     if (this.#ended) return
     this.#ended = true
     this.#sandbox.tunnels.delete(this)
@@ -246,7 +251,8 @@ class Tunnel implements Belonging {
     this.#visit.bytesOut += this.client.bytesOut
     this.client.destroy()
     this.#outgoing?.destroy()
-    this.#upstream?.destroy()
+    if (vanished) this.#upstream?.resetAndDestroy()
+    else this.#upstream?.destroy()
     this.#onEnd()
   }
 }

@@ -1,0 +1,273 @@
+/** WebSockets through the gateway: real ones with `ws`, and raw bytes where the bytes matter. */
+import { createHash } from 'node:crypto'
+import type { IncomingMessage } from 'node:http'
+import { once } from 'node:events'
+import type { Socket } from 'node:net'
+import t from 'tap'
+import { WebSocket, WebSocketServer } from 'ws'
+import { bodyOf, entry, eventually, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+
+const handshake = (target: string, ...more: string[]): string =>
+  `GET ${target} HTTP/1.1\r\n${['Host: x', 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==', ...more].join('\r\n')}\r\n\r\n`
+
+async function startEcho(onHead: (request: IncomingMessage) => void = () => undefined) {
+  const server = await startHttp((_request, response) => response.end('http'))
+  const sockets = new WebSocketServer({ server: server.server, maxPayload: 0 })
+  sockets.on('connection', (socket, request) => {
+    onHead(request)
+    socket.on('message', (data, binary) => socket.send(data, { binary }))
+  })
+  return server
+}
+
+/** A server that answers any head with a 101 and then hands the socket over. */
+function startTunnel(head: string, onOpen: (socket: Socket, early: string, request: string) => void) {
+  return startRaw((socket) => {
+    let text = ''
+    const read = (chunk: Buffer): void => {
+      text += chunk.toString('latin1')
+      const end = text.indexOf('\r\n\r\n')
+      if (end === -1) return
+      socket.off('data', read)
+      socket.write(head)
+      onOpen(socket, text.slice(end + 4), text.slice(0, end + 4))
+    }
+    socket.on('data', read)
+  })
+}
+const switching = 'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n'
+
+t.test('messages of every size and kind come back, in all modes', async (t) => {
+  await using upstream = await startEcho()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'auto', baseDomain: 'gw.test' })
+  const blob = Buffer.alloc(5 << 20, 'abc')
+  for (const [mode, url, headers] of [
+    ['uri', `ws://127.0.0.1:${gateway.port}/a/${upstream.port}/ws?x=1`, {}],
+    ['header', `ws://127.0.0.1:${gateway.port}/ws`, { 'OpenSandbox-Ingress-To': `a-${upstream.port}` }],
+    ['wildcard', `ws://127.0.0.1:${gateway.port}/ws`, { Host: `a-${upstream.port}.gw.test` }],
+  ] as const) {
+    const socket = new WebSocket(url, { headers, maxPayload: 0 })
+    await once(socket, 'open')
+    for (const message of ['', 'hi', 'é'.repeat(40_000)]) {
+      const back = once(socket, 'message')
+      socket.send(message)
+      t.equal(String((await back)[0]), message, `${mode}: text of ${message.length}`)
+    }
+    const back = once(socket, 'message')
+    socket.send(blob)
+    t.equal(createHash('sha256').update((await back)[0] as Buffer).digest('hex'), createHash('sha256').update(blob).digest('hex'), `${mode}: 5 MiB`)
+    const pong = once(socket, 'pong')
+    socket.ping('p')
+    t.equal(String((await pong)[0]), 'p', `${mode}: pings go end to end`)
+    const closed = once(socket, 'close')
+    socket.close(4001, 'done')
+    t.same(await closed.then(([code, reason]) => [code, String(reason)]), [4001, 'done'], `${mode}: close code and reason`)
+  }
+})
+
+t.test('any spelling of an upgrade, and compression end to end', async (t) => {
+  await using upstream = await startEcho()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  for (const fields of ['Connection: keep-alive, Upgrade\r\nUpgrade: websocket', 'Connection: upgrade\r\nUpgrade: WebSocket', 'Connection: Upgrade\r\nConnection: keep-alive\r\nUpgrade: h2c, websocket', 'connection:UPGRADE\r\nupgrade:WEBSOCKET']) {
+    const client = new RawClient(gateway.port)
+    client.send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n${fields}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n`)
+    await client.until((c) => c.received.includes('\r\n\r\n'))
+    t.equal(statusOf(client.received), 101, JSON.stringify(fields))
+    t.match(client.received, /sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK\+xOo=/i)
+    client.close()
+  }
+})
+
+t.test('every end-to-end header, repeated ones apart, in the request and in the 101', async (t) => {
+  let seen = ''
+  const head = `${switching}Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-R: 1\r\nX-R: 2\r\nKeep-Alive: timeout=5\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n`
+  await using upstream = await startTunnel(head, (socket, _early, request) => {
+    seen = request
+    socket.resume().on('end', () => socket.end())
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(handshake(`/a/${upstream.port}/ws/%2F..//x?`, 'Authorization: Bearer t', 'Cookie: c=1; d=2', 'X-R: 1', 'X-R: 2', 'Sec-WebSocket-Protocol: p1', 'Sec-WebSocket-Protocol: p2', 'Sec-WebSocket-Extensions: permessage-deflate', 'Origin: https://o', 'X-Execd-Access-Token: e', 'OpenSandbox-Secure-Access: s', 'Proxy-Authorization: no', 'X-Forwarded-For: 6.6.6.6'))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  t.match(seen, /^GET \/ws\/%2F\.\.\/\/x\? HTTP\/1\.1\r\n/, 'the raw target')
+  for (const line of ['authorization: Bearer t', 'cookie: c=1; d=2', 'x-r: 1\r\nx-r: 2', 'sec-websocket-protocol: p1\r\nsec-websocket-protocol: p2', 'sec-websocket-extensions: permessage-deflate', 'origin: https://o', 'x-execd-access-token: e', 'x-forwarded-for: 127.0.0.1', 'x-forwarded-proto: http', `x-forwarded-prefix: /a/${upstream.port}`, `host: 127.0.0.1:${upstream.port}`, 'upgrade: websocket']) {
+    t.ok(seen.toLowerCase().includes(line.toLowerCase()), line)
+  }
+  t.notMatch(seen, /secure-access|proxy-authorization|6\.6\.6\.6/i)
+  t.match(client.received, /Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-R: 1\r\nX-R: 2\r\n/)
+  t.notMatch(client.received, /keep-alive/i)
+  client.close()
+})
+
+t.test('bytes right behind either head are not lost', async (t) => {
+  let early = ''
+  await using upstream = await startTunnel(`${switching}\r\nfrom the sandbox`, (socket, text) => {
+    early += text
+    socket.on('data', (chunk: Buffer) => (early += chunk.toString('latin1'))).on('end', () => socket.end())
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(`${handshake(`/a/${upstream.port}/`)}from the client`)
+  await client.until((c) => c.received.endsWith('\r\n\r\nfrom the sandbox'))
+  await eventually(() => early === 'from the client', 'early bytes')
+  t.equal(early, 'from the client')
+  client.close()
+})
+
+t.test('each side may stop sending while the other goes on', async (t) => {
+  let ended = false
+  let finish: () => void = () => undefined
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => {
+    socket.on('data', () => undefined)
+    socket.on('end', () => {
+      ended = true
+      socket.write('after your end')
+      finish = () => socket.end()
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(handshake(`/a/${upstream.port}/`))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  client.send('last words')
+  client.socket.end()
+  await client.until((c) => c.received.endsWith('after your end'))
+  t.ok(ended, 'the end of the client reached the sandbox')
+  t.notOk(client.ended, 'and did not end the other direction')
+  finish()
+  await client.untilClosed()
+
+  let heard = ''
+  await using closer = await startTunnel(`${switching}\r\n`, (socket) => {
+    socket.end('bye')
+    socket.on('data', (chunk: Buffer) => (heard += chunk.toString('latin1')))
+    socket.on('end', () => undefined)
+  })
+  const speaker = new RawClient(gateway.port)
+  speaker.send(handshake(`/a/${closer.port}/`))
+  await speaker.until((c) => c.ended)
+  speaker.send('still here')
+  await eventually(() => heard === 'still here', 'the direction that is still open')
+  t.equal(heard, 'still here')
+  speaker.close()
+})
+
+t.test('a side that vanishes takes the other with it', async (t) => {
+  const opened: Socket[] = []
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void opened.push(socket.resume().on('end', () => socket.end())))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  for (const who of ['client', 'sandbox'] as const) {
+    const client = new RawClient(gateway.port)
+    client.send(handshake(`/a/${upstream.port}/`))
+    await client.until((c) => c.received.includes('\r\n\r\n'))
+    const socket = opened.pop() as Socket
+    const lost = once(socket, 'close')
+    if (who === 'client') client.socket.resetAndDestroy()
+    else socket.resetAndDestroy()
+    await lost
+    if (who === 'sandbox') await client.until((c) => c.closed || c.ended)
+    t.equal(upstream.sockets.size, 0, `${who} vanished`)
+  }
+  await eventually(() => gateway.lines.length === 2, 'two access lines')
+  t.match(gateway.lines[0], /"msg":"upgrade".*"status":101/)
+})
+
+t.test('a refusal of the sandbox is relayed as it is', async (t) => {
+  await using upstream = await startRaw((socket) => {
+    socket.once('data', () => socket.write('HTTP/1.1 403 Nope\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5\r\n\r\n5\r\nhello\r\n0\r\n\r\n'))
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  const answer = await client.send(handshake(`/a/${upstream.port}/`)).untilClosed()
+  t.match(answer, /^HTTP\/1\.1 403 Nope\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n/)
+  t.match(bodyOf(answer), /5\r\nhello\r\n0\r\n\r\n$/)
+  client.close()
+
+  await using broken = await startRaw((socket) => void socket.once('data', () => socket.end('HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\nhello')))
+  const cut = new RawClient(gateway.port)
+  cut.send(handshake(`/a/${broken.port}/`))
+  await cut.until((c) => c.closed || c.ended)
+  t.ok(cut.reset, 'a refusal that breaks off is no whole one')
+})
+
+t.test('no sandbox behind the route: readable, and 503 for a failed dial', async (t) => {
+  const gone = await startRaw(() => undefined)
+  await gone[Symbol.asyncDispose]()
+  await using silent = await startRaw((socket) => void socket.once('data', () => socket.destroy()))
+  await using gateway = await startGateway([{ id: 'a' }, { id: 'sec', secureAccessToken: 'tok' }, { id: 'paused', state: 'Paused' }], { mode: 'uri' })
+  for (const [target, status] of [[`/a/${gone.port}/`, 503], [`/a/${silent.port}/`, 503], ['/nobody/80/', 404], ['/sec/80/', 401], ['/paused/80/', 503], ['/a/x/', 400]] as const) {
+    const client = new RawClient(gateway.port)
+    const answer = await client.send(handshake(target)).untilClosed()
+    t.equal(statusOf(answer), status, target)
+    t.match(answer, /connection: close/i)
+    client.close()
+  }
+  t.equal(bodyOf(await (async () => { const c = new RawClient(gateway.port); const a = await c.send(handshake(`/a/${gone.port}/`)).untilClosed(); c.close(); return a })()), 'Service Unavailable\n', "the original's text for a failed dial")
+  await eventually(() => gateway.lines.length === 7, 'refused upgrades are logged, too')
+})
+
+t.test('caps per client and per sandbox', async (t) => {
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
+  for (const option of ['maxUpgradesPerClient', 'maxUpgradesPerSandbox'] as const) {
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', [option]: 2 })
+    const clients = [1, 2, 3].map(() => new RawClient(gateway.port))
+    for (const client of clients) {
+      client.send(handshake(`/a/${upstream.port}/`))
+      await client.until((c) => c.received.includes('\r\n\r\n'))
+    }
+    t.same(clients.map((client) => statusOf(client.received)), [101, 101, 503], option)
+    clients[0]?.close()
+    await eventually(() => gateway.lines.length === 2, 'a place is free again')
+    const again = new RawClient(gateway.port)
+    await again.send(handshake(`/a/${upstream.port}/`)).until((c) => c.received.includes('\r\n\r\n'))
+    t.equal(statusOf(again.received), 101, `${option}: freed`)
+    for (const client of [...clients, again]) client.close()
+  }
+})
+
+t.test('at shutdown clients are told 1001 between two frames', async (t) => {
+  await using upstream = await startEcho()
+  const gateway = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 3_000 })
+  const socket = new WebSocket(`ws://127.0.0.1:${gateway.port}/a/${upstream.port}/`)
+  await once(socket, 'open')
+  const closed = once(socket, 'close')
+  const closing = gateway.close()
+  t.equal((await closed)[0], 1001)
+  await closing
+  t.equal(upstream.sockets.size, 0)
+
+  let send: (bytes: Uint8Array) => void = () => undefined
+  await using slow = await startTunnel(`${switching}\r\n`, (tunnel) => {
+    tunnel.on('end', () => tunnel.end())
+    send = (bytes) => void tunnel.write(bytes)
+  })
+  const second = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 3_000 })
+  const client = new RawClient(second.port)
+  client.send(handshake(`/a/${slow.port}/`))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  // Half of a five-byte text frame is under way.
+  send(Uint8Array.of(0x81, 5, 0x68, 0x65))
+  await client.until((c) => c.received.endsWith('he'))
+  const ending = second.close()
+  send(Uint8Array.of(0x6c, 0x6c, 0x6f, 0x81, 1, 0x78))
+  await client.until((c) => c.received.endsWith('\x88\x02\x03\xe9'))
+  t.ok(client.received.endsWith('\x81\x05hello\x88\x02\x03\xe9'), 'the frame under way is completed, nothing follows the 1001')
+  client.socket.end()
+  await ending
+  client.close()
+})
+
+t.test('a sandbox that ends takes its tunnels with it', async (t) => {
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  for (const change of [() => gateway.gateway.table.delete('a'), () => gateway.gateway.table.put(entry({ id: 'a', lifecycle: 'next' }))]) {
+    gateway.gateway.table.put(entry({ id: 'a' }))
+    const client = new RawClient(gateway.port)
+    client.send(handshake(`/a/${upstream.port}/`))
+    await client.until((c) => c.received.includes('\r\n\r\n'))
+    change()
+    await client.until((c) => c.closed || c.ended)
+    await eventually(() => upstream.sockets.size === 0, 'the upstream side')
+    t.equal(upstream.sockets.size, 0)
+  }
+})
