@@ -18,12 +18,13 @@ t.test('counts', async (t) => {
 })
 
 t.test('files of a run', async (t) => {
-  const output = '# Subtest: test/a.test.ts\n    ok 1 - x\n    1..1\nok 1 - test/a.test.ts # time=12.5ms\n\n# Subtest: test/b.test.ts\n    not ok 1 - y\nnot ok 2 - test/b.test.ts # time=2s\n  ---\n  exitCode: 1\n  ...\nok 3 - test/c.test.ts # SKIP no root\n'
+  const output = '# Subtest: test/a.test.ts\n    ok 1 - x\n    1..1\nok 1 - test/a.test.ts # time=12.5ms\n\n# Subtest: test/b.test.ts\n    not ok 1 - y\nnot ok 2 - test/b.test.ts # time=2s\n  ---\n  exitCode: 1\n  ...\nok 3 - test/c.test.ts # SKIP no root\nnot ok 4 - timeout!\n  ---\n  expired: test/d.test.ts\n  ...\n'
   const files = readFiles(output)
   t.strictSame(files.map(({ name, ok, skipped, milliseconds }) => ({ name, ok, skipped, milliseconds })), [
     { name: 'test/a.test.ts', ok: true, skipped: undefined, milliseconds: 12.5 },
     { name: 'test/b.test.ts', ok: false, skipped: undefined, milliseconds: 2000 },
     { name: 'test/c.test.ts', ok: true, skipped: 'no root', milliseconds: 0 },
+    { name: 'test/d.test.ts took too long', ok: false, skipped: undefined, milliseconds: 0 },
   ])
   t.match(files[1]!.output, /not ok 1 - y/, 'what a file said goes with it')
 })
@@ -33,7 +34,7 @@ t.test('a missing ability skips by name, and fails under CI=true', async (t) => 
   t.teardown(() => rmSync(folder, { recursive: true }))
   const file = path.join(folder, 'needs.test.ts')
   writeFileSync(file, `import t from 'tap'\nimport { needs } from ${JSON.stringify(abilities)}\nawait needs('docker')\nt.ok(true)\n`)
-  const run = (env: Record<string, string>) => execa(process.execPath, [file], { env: { DOCKER_HOST: 'unix:///nonexistent', TAP: '', CI: '', ...env }, reject: false })
+  const run = (env: Record<string, string>) => execa(process.execPath, [file], { env: { DOCKER_HOST: 'unix:///nonexistent', ...env }, extendEnv: false, reject: false })
 
   const laptop = await run({})
   t.equal(laptop.exitCode, 0)

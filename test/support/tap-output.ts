@@ -22,8 +22,11 @@ export function readFiles(output: string): FileResult[] {
   const files: FileResult[] = []
   let from = 0
   for (const found of output.matchAll(/^(not )?ok \d+ - (\S+)(?: # (?:SKIP (.*)|time=([\d.]+)(ms|s)))?$/gm)) {
-    const [line, not, name, skipped, time, unit] = found
-    files.push({ name: name!, ok: not === undefined, skipped, milliseconds: Number(time ?? 0) * (unit === 's' ? 1000 : 1), output: output.slice(from, found.index + line.length) })
+    const [line, not, title, skipped, time, unit] = found
+    // A file that took too long is named below its line only.
+    const late = title === 'timeout!' ? /^\n  ---\n  expired: (\S+)$/m.exec(output.slice(found.index + line.length)) : null
+    const name = late === null ? title! : `${late[1]} took too long`
+    files.push({ name, ok: not === undefined, skipped, milliseconds: Number(time ?? 0) * (unit === 's' ? 1000 : 1), output: output.slice(from, found.index + line.length) })
     from = found.index + line.length
   }
   return files
