@@ -141,6 +141,7 @@ function admit(edge: Edge, visit: Visit): Refused | null {
   visit.port = located.route.port
   visit.target = located.target
   visit.prefix = located.prefix
+  visit.hidden = located.hidden
   visit.locatedAt = now
 
   if (edge.table.stale(now)) return { code: 'EDGE_ROUTES_STALE', detail: '' }

@@ -12,6 +12,8 @@ export type Located = {
   readonly target: string
   /** What URI mode took off the path, else ''. */
   readonly prefix: string
+  /** How much of the target's beginning looks like expiry and signature. */
+  readonly hidden: number
 }
 /** `named`: the request names a sandbox, though not one that can be reached. */
 export type NotLocated = { readonly ok: false; readonly fault: BadRoute['fault']; readonly detail: string; readonly route: Route | null }
@@ -72,7 +74,7 @@ export class Locator {
   #found(parsed: HostRoute | BadRoute, origin: string): Located | NotLocated {
     if (!parsed.ok) return { ok: false, fault: parsed.fault, detail: parsed.detail, route: null }
     const sandbox = this.#table.get(parsed.route.id)
-    return sandbox === undefined ? missing(parsed.route) : { ok: true, route: parsed.route, sandbox, target: origin, prefix: '' }
+    return sandbox === undefined ? missing(parsed.route) : { ok: true, route: parsed.route, sandbox, target: origin, prefix: '', hidden: 0 }
   }
 
   #byPath(origin: string): Located | NotLocated {
@@ -85,7 +87,7 @@ export class Locator {
     // On an open sandbox, segments that look like a signature belong to its own path.
     const rest = hasToken(sandbox) ? parsed.rest : parsed.legacyRest
     const taken = rest === '/' && !path.endsWith('/') ? path : path.slice(0, path.length - rest.length)
-    return { ok: true, route: parsed.route, sandbox, target: query === -1 ? rest : rest + origin.slice(query), prefix: taken }
+    return { ok: true, route: parsed.route, sandbox, target: query === -1 ? rest : rest + origin.slice(query), prefix: taken, hidden: rest.length > parsed.rest.length ? rest.length - parsed.rest.length : 0 }
   }
 }
 

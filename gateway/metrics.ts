@@ -1,5 +1,5 @@
 /** Every number the gateway counts, in one place. No label ever holds a sandbox id. Names follow OSEP-0010 where it has one. */
-import { Counter, Gauge, Histogram, Registry } from 'prom-client'
+import { Counter, Gauge, Registry, type Metric } from 'prom-client'
 import type { Visit } from './visit.ts'
 
 export type Gauges = { readonly routes: () => number; readonly tunnels: () => number; readonly connections: () => number; readonly active: () => number }
@@ -10,8 +10,7 @@ export class Metrics {
   readonly #requests = new Map<string, number>()
   readonly #resolutions = { success: 0, not_found: 0, not_ready: 0, error: 0 }
   readonly #refused = new Map<string, number>()
-  readonly #buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
-  readonly #durations = { http: new Float64Array(18), websocket: new Float64Array(18) }
+  readonly #durations = { http: new Float64Array(countAt + 1), websocket: new Float64Array(countAt + 1) }
 
   constructor(gauges: Gauges) {
     const registers = [this.registry]
@@ -37,7 +36,7 @@ export class Metrics {
       const { user, system } = process.cpuUsage()
       return (user + system) / 1e6
     })
-    this.#histogram(registers)
+    this.registry.registerMetric(this.#durationMetric())
   }
 
   located(result: 'success' | 'not_found' | 'not_ready' | 'error'): void {
@@ -53,10 +52,10 @@ export class Metrics {
     const seconds = (now - visit.startedAt) / 1000
     const row = this.#durations[type]
     let bucket = 0
-    while (bucket < this.#buckets.length && seconds > (this.#buckets[bucket] as number)) bucket++
+    while (bucket < buckets.length && seconds > (buckets[bucket] as number)) bucket++
     row[bucket] = (row[bucket] as number) + 1
-    row[16] = (row[16] as number) + seconds
-    row[17] = (row[17] as number) + 1
+    row[sumAt] = (row[sumAt] as number) + seconds
+    row[countAt] = (row[countAt] as number) + 1
   }
 
   #fill(counter: Counter, counts: ReadonlyMap<string, number>): void {
@@ -67,25 +66,30 @@ export class Metrics {
     }
   }
 
-  /** The duration histogram is kept as plain numbers and only written out when somebody asks. */
-  #histogram(registers: Registry[]): void {
+  /** The duration histogram: kept as plain numbers, written out only when somebody asks. */
+  #durationMetric(): Metric {
     const name = 'ingress_http_request_duration_seconds'
-    const histogram = new Histogram({ name, help: 'Seconds from the request to the end of its response', labelNames: ['proxy_type'], buckets: this.#buckets, registers })
-    const rows = this.#durations
-    const buckets = this.#buckets
-    histogram.get = async () => {
+    const help = 'Seconds from the request to the end of its response'
+    const get = async (): Promise<unknown> => {
       const values: { value: number; labels: Record<string, string | number>; metricName: string }[] = []
-      for (const [type, row] of Object.entries(rows)) {
+      for (const [type, row] of Object.entries(this.#durations)) {
         let sum = 0
-        buckets.forEach((le, index) => {
+        for (const [index, le] of buckets.entries()) {
           sum += row[index] as number
           values.push({ value: sum, labels: { le, proxy_type: type }, metricName: `${name}_bucket` })
-        })
-        values.push({ value: row[17] as number, labels: { le: '+Inf', proxy_type: type }, metricName: `${name}_bucket` })
-        values.push({ value: row[16] as number, labels: { proxy_type: type }, metricName: `${name}_sum` })
-        values.push({ value: row[17] as number, labels: { proxy_type: type }, metricName: `${name}_count` })
+        }
+        values.push({ value: row[countAt] as number, labels: { le: '+Inf', proxy_type: type }, metricName: `${name}_bucket` })
+        values.push({ value: row[sumAt] as number, labels: { proxy_type: type }, metricName: `${name}_sum` })
+        values.push({ value: row[countAt] as number, labels: { proxy_type: type }, metricName: `${name}_count` })
       }
-      return { name, help: 'Seconds from the request to the end of its response', type: 'histogram', values, aggregator: 'sum' } as never
+      return { name, help, type: 'histogram', values, aggregator: 'sum' }
     }
+    return { name, get, reset: () => undefined } as unknown as Metric
   }
 }
+
+/** Upper bounds, seconds. */
+const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
+/** Behind the buckets and their overflow stand the sum and the count. */
+const sumAt = buckets.length + 1
+const countAt = buckets.length + 2

@@ -51,7 +51,7 @@ export class UpstreamGuard {
   /** A `lookup` for net.connect that refuses a name as soon as one of its addresses is refused. */
   readonly lookup = (name: string, options: LookupOptions, callback: LookupCallback): void => {
     dnsLookup(name, { ...options, all: true }, (error, found) => {
-      if (error !== null) return callback(error)
+      if (error !== null) return callback(new Fault('EDGE_UPSTREAM_REFUSED', 'the name of the sandbox does not resolve', { cause: error }))
       const first = found[0]
       if (first === undefined || found.some(({ address }) => !this.#allowsAddress(address))) return callback(new Fault('EDGE_UPSTREAM_FORBIDDEN'))
       return options.all === true ? callback(null, found) : callback(null, first.address, first.family)

@@ -22,6 +22,8 @@ export class Visit {
   port = 0
   /** Raw path and query as the sandbox gets them. */
   target = ''
+  /** How much of the target's beginning looks like expiry and signature, and stays out of the log. */
+  hidden = 0
   /** What URI mode took off the path. */
   prefix = ''
   locatedAt = 0
@@ -73,7 +75,7 @@ export function accessLine(visit: Visit, wall: number, now: number): string {
     '","method":"' + quoted(visit.request.method ?? '') +
     '","sandbox_id":"' + quoted(id) +
     '","port":' + visit.port +
-    ',"path":"' + quoted(pathOf(visit.target)) +
+    ',"path":"' + quoted(pathOf(visit.hidden === 0 ? visit.target : visit.target.slice(visit.hidden))) +
     '","status":' + visit.status +
     ',"code":"' + visit.code +
     '","duration_us":' + micros(visit.startedAt, now) +

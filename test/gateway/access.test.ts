@@ -1,0 +1,87 @@
+/** Secured sandboxes: the original's decision table and signed routes, end to end. */
+import t from 'tap'
+import { ask, bodyOf, get, keysText, startGateway, startHttp, statusOf } from './support.ts'
+
+// Signatures of id `sec`, port 9100 would need that port: ours are made for whatever port the server got.
+import { parseAccessKeys, signShort } from '#policies/access.ts'
+const parsed = parseAccessKeys(keysText)
+const secret = parsed.ok ? (parsed.keys.get('a') as Uint8Array) : new Uint8Array()
+const future = 'x2qxvk'
+
+t.test('the decision table, in header and URI mode', async (t) => {
+  await using upstream = await startHttp((request, response) => response.end(request.url))
+  const { port } = upstream
+  const routes = [{ id: 'sec', secureAccessToken: 'tok' }, { id: 'open' }, { id: 'blank', secureAccessToken: '  ' }]
+  await using withKeys = await startGateway(routes, { mode: 'auto', secureAccessKeys: keysText })
+  await using without = await startGateway(routes, { mode: 'auto' })
+  const good = signShort('a', secret, 'sec', port, future)
+  const expired = signShort('a', secret, 'sec', port, '1')
+  const to = (token: string): string => `OpenSandbox-Ingress-To: ${token}`
+  const hdr = (value: string): string => `OpenSandbox-Secure-Access:${value}`
+  const rows: [string, typeof withKeys, string, number, string][] = [
+    ['open, header ignored', withKeys, get('/', to(`open-${port}`), hdr(' wrong')), 200, '/'],
+    ['blank token is open', withKeys, get('/', to(`blank-${port}`)), 200, '/'],
+    ['open, signature never checked', withKeys, get('/', to(`open-${port}-${future}-00000000z`)), 200, '/'],
+    ['header', without, get('/p', to(`sec-${port}`), hdr(' tok ')), 200, '/p'],
+    ['header wins over a bad signature', withKeys, get('/', to(`sec-${port}-${future}-00000000z`), hdr('tok')), 200, '/'],
+    ['wrong header', withKeys, get('/', to(`sec-${port}`), hdr('no')), 401, 'signature: secure access header mismatch'],
+    ['empty header is present', withKeys, get('/', to(`sec-${port}`), hdr('')), 401, 'signature: secure access header mismatch'],
+    ['wrong header, good signature: no fall-through', withKeys, get('/', to(`sec-${port}-${future}-${good}`), hdr('no')), 401, 'signature: secure access header mismatch'],
+    ['first of two headers counts', withKeys, get('/', to(`sec-${port}`), hdr('tok'), hdr('no')), 200, '/'],
+    ['first of two headers counts, the other way', withKeys, get('/', to(`sec-${port}`), hdr('no'), hdr('tok')), 401, 'mismatch'],
+    ['nothing', withKeys, get('/', to(`sec-${port}`)), 401, 'signature: signature required for this sandbox'],
+    ['signature, no keys', without, get('/', to(`sec-${port}-${future}-${good}`)), 503, 'signature: ingress verifier not configured'],
+    ['signature', withKeys, get('/p?q', to(`sec-${port}-${future}-${good}`)), 200, '/p?q'],
+    ['signature in the deprecated header', withKeys, get('/', `OPEN-SANDBOX-INGRESS: sec-${port}-${future}-${good}`), 200, '/'],
+    ['signature in Host', withKeys, get('/').replace('Host: gateway', `Host: sec-${port}-${future}-${good}.gw.ex`), 200, '/'],
+    ['signature for another port', withKeys, get('/', to(`sec-${port === 1 ? 2 : port - 1}-${future}-${good}`)), 401, 'signature: unauthorized: signature mismatch'],
+    ['unknown key', withKeys, get('/', to(`sec-${port}-${future}-${good.slice(0, 8)}z`)), 401, 'signature: unauthorized: unknown signed_key_id'],
+    ['expired, checked before the digest', withKeys, get('/', to(`sec-${port}-1-${expired}`)), 401, 'signature: access expired'],
+    ['expired with a bad signature', withKeys, get('/', to(`sec-${port}-1-00000000a`)), 401, 'signature: access expired'],
+    ['URI', withKeys, get(`/sec/${port}/${future}/${good}/p/q?z=1`), 200, '/p/q?z=1'],
+    ['URI with header strips the segments, too', withKeys, get(`/sec/${port}/${future}/${good}/p`, hdr('tok')), 200, '/p'],
+    ['URI on an open sandbox: the segments are its own', withKeys, get(`/open/${port}/${future}/${good}/p`), 200, `/${future}/${good}/p`],
+    ['URI, malformed signature is none', withKeys, get(`/sec/${port}/x2qxvj/ABCDEFGHI/p`), 401, 'signature: signature required for this sandbox'],
+    ['header mode, malformed signature is no route', withKeys, get('/', to(`sec-${port}-${future}-ABCDEFGHI`)), 400, 'invalid ingress route'],
+    ['preflights carry no header', withKeys, get('/', to(`sec-${port}`)).replace('GET', 'OPTIONS'), 401, 'signature required'],
+  ]
+  for (const [name, gateway, request, status, text] of rows) {
+    const answer = await ask(gateway.port, request)
+    t.equal(statusOf(answer), status, name)
+    t.ok(bodyOf(answer).includes(text), `${name}: ${bodyOf(answer).trim()}`)
+  }
+  const logged = [...withKeys.lines, ...without.lines].join('')
+  for (const leak of [good, future, 'tok"', 'z=1']) t.notOk(logged.includes(leak), `the access log does not hold ${leak}`)
+})
+
+t.test('guessing signatures is slow', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('in'))
+  const { port } = upstream
+  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', secureAccessKeys: keysText, authFailuresPerMinute: 5 })
+  const good = `/sec/${port}/${future}/${signShort('a', secret, 'sec', port, future)}/`
+  for (let i = 0; i < 5; i++) t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/${future}/0000000${i}a/`))), 401)
+  const blocked = await ask(gateway.port, get(good))
+  t.equal(statusOf(blocked), 429, 'even a good one has to wait')
+  t.match(blocked, /retry-after: /i)
+  t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/`, 'OpenSandbox-Secure-Access: tok'))), 200, 'the header still works: it cannot be guessed')
+})
+
+t.test('hideMissing: an unknown sandbox looks like a refused one', async (t) => {
+  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', hideMissing: true })
+  const [unknown, refused] = [await ask(gateway.port, get('/nobody/80/')), await ask(gateway.port, get('/sec/80/'))]
+  const plain = (answer: string): string => answer.replace(/x-request-id: .*\r\n|Date: .*\r\n/g, '')
+  t.equal(plain(unknown), plain(refused))
+  t.equal(statusOf(unknown), 401)
+})
+
+t.test('addresses the gateway does not dial', async (t) => {
+  const hosts = ['127.0.0.1', '127.8.8.8', '0.0.0.0', '::1', '::', '169.254.169.254', 'fe80::1', '::ffff:127.0.0.1', '::ffff:a9fe:a9fe', '224.0.0.1', '255.255.255.255', 'localhost', '0x7f000001', '2130706433', '127.1', 'a b', 'x/y', '']
+  await using gateway = await startGateway(hosts.map((host, n) => ({ id: `s${n}`, host })), { mode: 'uri', allowLoopbackUpstreams: false })
+  for (const [n, host] of hosts.entries()) {
+    const answer = await ask(gateway.port, get(`/s${n}/80/`))
+    t.equal(statusOf(answer), host === '' ? 503 : 502, `"${host}"`)
+    t.notOk(host !== '' && bodyOf(answer).includes(host), 'the answer does not name the address')
+  }
+  await using named = await startGateway([{ id: 'n', host: 'localhost.localdomain' }], { mode: 'uri', allowLoopbackUpstreams: false, connectTimeout: 3_000 })
+  t.equal(statusOf(await ask(named.port, get('/n/80/'))), 502, 'a name that leads to loopback, or nowhere')
+})

@@ -1,0 +1,171 @@
+/** What an operator relies on: health, faults, time limits, access lines, draining. */
+import { connect } from 'node:net'
+import t from 'tap'
+import { ask, bodyOf, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+
+t.test('/status.ok for everybody, /readyz where no sandbox is named', async (t) => {
+  await using upstream = await startHttp((request, response) => response.end(`app ${request.url}`))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'header' })
+  for (const request of [get('/status.ok'), get('/status.ok?x'), get('/status.ok', `OpenSandbox-Ingress-To: a-${upstream.port}`), get('/status.ok').replace('GET', 'POST')]) {
+    const answer = await ask(gateway.port, request)
+    t.equal(statusOf(answer), 200)
+    t.equal(bodyOf(answer), 'OK')
+  }
+  t.equal(bodyOf(await ask(gateway.port, get('/status.ok/', `OpenSandbox-Ingress-To: a-${upstream.port}`))), 'app /status.ok/', 'only the exact path')
+  t.equal(bodyOf(await ask(gateway.port, get('/readyz'))), 'OK')
+  t.equal(bodyOf(await ask(gateway.port, get('/readyz', `OpenSandbox-Ingress-To: a-${upstream.port}`))), 'app /readyz', "a sandbox's own /readyz is its own")
+  t.match(await ask(gateway.port, 'OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'), /^HTTP\/1\.1 200/)
+})
+
+t.test('stale routes refuse new requests', async (t) => {
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  gateway.gateway.table.alive(-120_000)
+  const answer = await ask(gateway.port, get('/a/80/'))
+  t.equal(statusOf(answer), 503)
+  t.match(answer, /retry-after: 5/i)
+  t.equal(statusOf(await ask(gateway.port, get('/nobody/80/'))), 503, 'an unknown sandbox may only be unknown to us')
+  t.equal(statusOf(await ask(gateway.port, get('/readyz'))), 503)
+  t.equal(statusOf(await ask(gateway.port, get('/status.ok'))), 200, 'alive all the same')
+})
+
+t.test('faults in three forms', async (t) => {
+  await using gateway = await startGateway([{ id: 'p', state: 'Pausing' }], { mode: 'uri' })
+  const rows: [string, number, string, string][] = [
+    ['/nobody/80/', 404, 'EDGE_NO_ROUTE', 'sandbox not found: nobody'],
+    ['/p/80/', 503, 'EDGE_NOT_READY', 'sandbox not ready: p'],
+    ['/p/0/', 400, 'EDGE_BAD_ROUTE', 'invalid ingress route: invalid port format: invalid port "0"'],
+    ['/x', 400, 'EDGE_BAD_ROUTE', "invalid ingress route: invalid URI path format: expected '/<sandbox-id>/<sandbox-port>/<path-to-request>', got: /x"],
+    ['/<script>alert(1)/80/', 404, 'EDGE_NO_ROUTE', 'sandbox not found: '],
+  ]
+  for (const [target, status, code, text] of rows) {
+    const plain = await ask(gateway.port, get(target))
+    t.equal(statusOf(plain), status, target)
+    t.match(plain, /content-type: text\/plain; charset=utf-8\r\n/i)
+    t.match(plain, /x-content-type-options: nosniff/i)
+    t.ok(bodyOf(plain).startsWith(`OpenSandbox Ingress: ${text}`), bodyOf(plain))
+    const json = await ask(gateway.port, get(target, 'Accept: application/json'))
+    const body = JSON.parse(bodyOf(json)) as { code: string; message: string; next: string; request_id: string }
+    t.equal(body.code, code)
+    t.ok(body.message.startsWith(text))
+    t.not(body.next, '')
+    t.match(json, new RegExp(`x-request-id: ${body.request_id}`, 'i'))
+    const page = await ask(gateway.port, get(target, 'Accept: text/html,application/xhtml+xml,*/*'))
+    t.match(page, /content-type: text\/html/i)
+    t.notOk(bodyOf(page).includes('<script>'), 'nothing of the request becomes markup')
+    t.equal(bodyOf(await ask(gateway.port, get(target).replace('GET', 'HEAD'))), '')
+    t.equal((await ask(gateway.port, get(target))).includes('retry-after'), status === 503)
+  }
+  await eventually(() => gateway.lines.length === 25, 'refused requests are logged')
+  t.match(gateway.lines[0], /"status":404,"code":"EDGE_NO_ROUTE"/)
+})
+
+t.test('the access line is JSON, whatever the request holds', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('hello'))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  await ask(gateway.port, get(`/a/${upstream.port}/p"\\q?token=secret`, 'X-Request-Id: mine-1'))
+  await ask(gateway.port, get(`/a/${upstream.port}/`, 'X-Request-Id: bad"id'))
+  await eventually(() => gateway.lines.length === 2, 'lines')
+  const [first, second] = gateway.lines.map((line) => JSON.parse(line) as Record<string, unknown>)
+  t.match(first, { msg: 'request', request_id: 'mine-1', client: '127.0.0.1', method: 'GET', sandbox_id: 'a', port: upstream.port, path: '/p"\\q', status: 200, bytes_out: 5, code: '' })
+  t.notOk(gateway.lines[0]?.includes('secret'), 'no query')
+  t.match(second?.['request_id'], /^[0-9a-f]{12}-/, 'an odd request id is replaced')
+  for (const stage of ['duration_us', 'locate_us', 'dial_us', 'first_byte_us']) t.ok((first?.[stage] as number) >= 0, stage)
+})
+
+t.test('time limits', async (t) => {
+  await using mute = await startRaw((socket) => void socket.resume())
+  await using stalls = await startRaw((socket) => void socket.once('data', () => socket.write('HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhello')))
+  let closeEvents: () => void = () => undefined
+  await using events = await startHttp((_request, response) => {
+    response.writeHead(200, { 'content-type': 'text/event-stream' }).write('data: 1\n\n')
+    closeEvents = () => void response.end('data: 2\n\n')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', firstByteTimeout: 300, idleTimeout: 300, headerTimeout: 500, keepAliveTimeout: 400 })
+  const late = await ask(gateway.port, get(`/a/${mute.port}/`))
+  t.equal(statusOf(late), 504, 'no answer in time')
+  const half = new RawClient(gateway.port)
+  half.send(get(`/a/${stalls.port}/`))
+  await half.until((c) => c.closed || c.ended)
+  t.ok(half.received.endsWith('hello'), 'an answer that stops is broken off')
+  const stream = new RawClient(gateway.port)
+  stream.send(get(`/a/${events.port}/`))
+  const upload = new RawClient(gateway.port)
+  upload.send(`POST /a/${mute.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhello`)
+  const slow = new RawClient(gateway.port)
+  slow.send('GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ')
+  const idle = new RawClient(gateway.port)
+  const between = new RawClient(gateway.port)
+  between.send('GET /status.ok HTTP/1.1\r\nHost: x\r\n\r\n')
+  await Promise.all([upload.untilClosed(8_000), slow.untilClosed(8_000), idle.untilClosed(8_000), between.untilClosed(8_000)])
+  t.equal(statusOf(upload.received), 504, 'an upload that stops')
+  t.equal(statusOf(slow.received), 408, 'a head that never ends')
+  t.notMatch(idle.received, / 200 /, 'a connection that never asks')
+  t.match(between.received, /^HTTP\/1\.1 200/, 'and one that asks no more')
+  t.notOk(stream.ended, 'an event stream is spared')
+  closeEvents()
+  await stream.until((c) => c.received.includes('data: 2'))
+  for (const client of [half, stream, upload, slow, idle, between]) client.close()
+})
+
+t.test('limits answer, and are lifted again', async (t) => {
+  let release: (() => void)[] = []
+  await using upstream = await startHttp((_request, response) => void release.push(() => response.end('ok')))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', maxRequestsPerPort: 3, maxConnections: 6 })
+  const held = [1, 2, 3].map(() => new RawClient(gateway.port).send(get(`/a/${upstream.port}/`)))
+  await eventually(() => release.length === 3, 'three under way')
+  const fourth = await ask(gateway.port, get(`/a/${upstream.port}/`))
+  t.equal(statusOf(fourth), 503)
+  t.match(fourth, /retry-after/i)
+  const idle = [1, 2, 3, 4].map(() => connect(gateway.port, '127.0.0.1'))
+  await eventually(() => idle.every((socket) => !socket.connecting), 'connected')
+  t.equal(statusOf(await ask(gateway.port, get('/nobody/1/'))), 503, 'too many connections')
+  for (const socket of idle) socket.destroy()
+  for (const answer of release) answer()
+  release = []
+  for (const client of held) t.equal(statusOf(await client.untilClosed()), 200)
+  const again = new RawClient(gateway.port).send(get(`/a/${upstream.port}/`))
+  await eventually(() => release.length === 1, 'a place is free')
+  release[0]?.()
+  t.equal(statusOf(await again.untilClosed()), 200)
+  for (const client of [...held, again]) client.close()
+})
+
+t.test('draining: no new connections, the running requests end, then the rest is broken off', async (t) => {
+  let finish: () => void = () => undefined
+  let begun: () => void = () => undefined
+  const started = new Promise<void>((resolve) => (begun = resolve))
+  await using upstream = await startHttp((request, response) => {
+    if (request.url === '/hang') return
+    response.write('begun ')
+    begun()
+    finish = () => void response.end('done')
+  })
+  const gateway = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 400 })
+  const client = new RawClient(gateway.port).send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n\r\n`)
+  await started
+  await client.until((c) => c.received.includes('begun'))
+  const hanging = new RawClient(gateway.port).send(get(`/a/${upstream.port}/hang`))
+  await eventually(() => upstream.sockets.size === 2, 'both under way')
+  const closed = gateway.close()
+  await t.rejects(new Promise((resolve, reject) => connect(gateway.port, '127.0.0.1').once('connect', resolve).once('error', reject)), 'no new connections')
+  finish()
+  await client.until((c) => c.received.endsWith('0\r\n\r\n'))
+  await closed
+  await hanging.untilClosed()
+  t.notMatch(hanging.received, / 200 /, 'what did not end in time was broken off')
+  for (const socket of [client, hanging]) socket.close()
+})
+
+t.test('metrics count without naming sandboxes', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('ok'))
+  await using gateway = await startGateway([{ id: 'very-secret-id' }], { mode: 'uri' })
+  await ask(gateway.port, get(`/very-secret-id/${upstream.port}/`))
+  await ask(gateway.port, get('/nobody/80/'))
+  await eventually(() => gateway.lines.length === 2, 'both done')
+  const text = await gateway.gateway.metrics.registry.metrics()
+  t.match(text, /ingress_http_request_count\{method="GET",status_code="200",proxy_type="http"\} 1/)
+  t.match(text, /ingress_routing_resolutions_count\{result="not_found"\} 1/)
+  t.match(text, /ingress_http_request_duration_seconds_count\{proxy_type="http"\} 2/)
+  t.match(text, /sallyport_gateway_refused_count\{code="EDGE_NO_ROUTE"\} 1/)
+  t.notMatch(text, /very-secret-id|nobody/)
+})

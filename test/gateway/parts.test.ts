@@ -1,0 +1,236 @@
+/** Parts on their own: configuration, frame boundaries, cookies, routing by mode, the routes file and the route stream. */
+import { mkdtempSync, renameSync, rmSync, writeFileSync } from 'node:fs'
+import { createServer, type ServerResponse } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import t from 'tap'
+import { ConfigError } from '#policies/config.ts'
+import { routeStreamPath, type RouteEvent } from '#policies/wire.ts'
+import { readGatewayConfig } from '../../gateway/config.ts'
+import { FrameBoundary } from '../../gateway/frame-boundary.ts'
+import { narrowCookie, readRequestHead, RequestHead } from '../../gateway/headers.ts'
+import { Locator } from '../../gateway/locate.ts'
+import { readEvent, RouteReader, ServerProvider } from '../../gateway/providers/server.ts'
+import { StaticProvider } from '../../gateway/providers/static.ts'
+import { RouteTable } from '../../gateway/routes.ts'
+import { FailureThrottle } from '../../gateway/throttle.ts'
+import { entry, eventually } from './support.ts'
+
+const problemsOf = (argv: string[], env: Record<string, string> = {}): string[] => {
+  try {
+    readGatewayConfig(argv, env)
+    return []
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error
+    return error.problems.map(({ path, reason }) => `${path} ${reason}`)
+  }
+}
+const server = ['--provider', 'server', '--server-url', 'http://s:1', '--server-token', 't']
+
+t.test('configuration: flags in Go syntax, environment, file, every problem at once', async (t) => {
+  const read = readGatewayConfig(['-port=1234', '--mode', 'wildcard', '--allow-loopback-upstreams', '--preserve-host=false', '--trusted-proxies', '10.0.0.0/8, ::1', '--namespace=x', ...server, '--log-level=debug', '--provider-type', 'batchsandbox', '--renew-intent-enabled', '--renew-intent-min-interval=60'], { SALLYPORT_GATEWAY_PORT: '9', SALLYPORT_GATEWAY_BASE_DOMAIN: 'gw.test' })
+  t.match(read.config, { port: 1234, mode: 'wildcard', allowLoopbackUpstreams: true, preserveHost: false, trustedProxies: ['10.0.0.0/8', '::1'], baseDomain: 'gw.test', serverToken: 't' })
+  t.ok(Object.isFrozen(read.config))
+  t.ok(read.warnings.some((warning) => warning.includes('--server-token-file')), 'a secret on the command line')
+  t.ok(read.warnings.some((warning) => warning.includes('--namespace')), 'a flag without effect')
+
+  const all = problemsOf(['--port', '70000', '--mode', 'nonsense', '--unknown', 'x', 'stray', '--workers', 'two', '--server-token-file', '/nowhere'])
+  for (const part of ['--port', '--mode must be one of', '--unknown is not a known flag', 'stray is not a flag', '--workers', '--provider', '--server-token-file cannot be read: ENOENT']) t.ok(all.some((problem) => problem.includes(part)), `${part} in ${all.join(' | ')}`)
+  for (const [argv, part] of [
+    [['--provider', 'static'], '--routes is required'],
+    [['--provider', 'server', '--server-url', 'ftp://x'], '--server-url must be'],
+    [['--provider', 'server', '--server-url', 'http://x'], '--server-token is required'],
+    [[...server, '--secure-access-keys', 'a=!!'], '--secure-access-keys'],
+    [[...server, '--secure-access-keys', 'a=YQ==', '--secure-access-keys-file', '/x'], 'excludes'],
+    [[...server, '--trusted-proxies', '10.0.0.0/99'], 'is not an address'],
+    [[...server, '--workers', '2', '--port', '0'], 'more than one worker'],
+    [[...server, '--port'], '--port needs a value'],
+    [[...server, '--config', '/nowhere.toml'], '/nowhere.toml cannot be read'],
+  ] as const) t.ok(problemsOf([...argv]).some((problem) => problem.includes(part)), part)
+
+  const folder = mkdtempSync(join(tmpdir(), 'gateway-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  writeFileSync(join(folder, 'token'), ' from-file \n')
+  writeFileSync(join(folder, 'c.toml'), 'port = 5\nbase_domain = "file.test"\nnonsense = 1\n')
+  t.equal(readGatewayConfig(['--provider=server', '--server-url=http://s', '--server-token-file', join(folder, 'token')], {}).config.serverToken, 'from-file')
+  t.ok(problemsOf([...server, '--config', join(folder, 'c.toml')]).some((problem) => problem.includes('nonsense is not a known option')))
+  writeFileSync(join(folder, 'c.toml'), 'port = 5\nbase_domain = "file.test"\n')
+  t.match(readGatewayConfig([...server, '--config', join(folder, 'c.toml')], { SALLYPORT_GATEWAY_PORT: '6' }).config, { port: 6, baseDomain: 'file.test' }, 'the environment wins over the file')
+})
+
+t.test('which mode looks at what', async (t) => {
+  const table = new RouteTable(() => false)
+  for (const id of ['a', 'b', 'sec-1']) table.put(entry({ id }))
+  const locate = (mode: 'header' | 'wildcard' | 'uri' | 'auto', baseDomain: string, fields: Partial<RequestHead>, path: string): string => {
+    const found = new Locator({ mode, baseDomain }, table).locate(Object.assign(new RequestHead(), fields), path)
+    return found.ok ? `${found.route.id}:${found.route.port} ${found.target} ${found.prefix}`.trim() : `${found.fault} ${found.detail}`
+  }
+  const rows: [string, string, string][] = [
+    ['header wins over Host', locate('header', '', { ingressTo: 'a-1', host: 'b-2.x' }, '/p'), 'a:1 /p'],
+    ['the deprecated one is second', locate('header', '', { ingressTo: ' ', deprecatedIngressTo: 'a-1', host: 'b-2.x' }, '/p'), 'a:1 /p'],
+    ['a bad header never falls through', locate('auto', '', { ingressTo: 'nonsense', host: 'b-2.x' }, '/a/1/'), 'EDGE_BAD_ROUTE invalid ingress route: invalid host: nonsense'],
+    ['Host', locate('wildcard', '', { host: 'B-2.Example.COM' }, '/'), 'b:2 /'],
+    ['Host below the base domain', locate('wildcard', 'gw.test', { host: 'b-2.gw.test:28888' }, '/'), 'b:2 /'],
+    ['Host elsewhere', locate('wildcard', 'gw.test', { host: 'b-2.evil.test' }, '/'), 'EDGE_BAD_ROUTE invalid ingress route: invalid host: b-2.evil.test'],
+    ['a deeper Host', locate('wildcard', 'gw.test', { host: 'b-2.x.gw.test' }, '/'), 'EDGE_BAD_ROUTE invalid ingress route: invalid host: b-2.x.gw.test'],
+    ['the base domain itself, auto', locate('auto', 'gw.test', { host: 'gw.test' }, '/a/1/x'), 'a:1 /x /a/1'],
+    ['URI ignores headers', locate('uri', '', { ingressTo: 'b-2', host: 'b-2.x' }, '/a/1?q'), 'a:1 /?q /a/1'],
+    ['auto without a base domain', locate('auto', '', { host: 'localhost:28888' }, '/a/1/x'), 'a:1 /x /a/1'],
+    ['no source at all', locate('header', '', {}, '/'), "EDGE_BAD_ROUTE missing header 'Opensandbox-Ingress-To' or 'Host'"],
+    ['empty Host', locate('header', '', { host: '' }, '/'), "EDGE_BAD_ROUTE missing header 'Opensandbox-Ingress-To' or 'Host'"],
+    ['unknown', locate('header', '', { ingressTo: 'c-1' }, '/'), 'EDGE_NO_ROUTE sandbox not found: c'],
+    ['ids are not hosts', locate('header', '', { ingressTo: '127.0.0.1-80' }, '/'), 'EDGE_BAD_ROUTE invalid ingress route: invalid host: 127.0.0.1-80'],
+  ]
+  for (const [name, got, wanted] of rows) t.equal(got, wanted, name)
+})
+
+t.test('request heads', async (t) => {
+  const read = (...raw: string[]): RequestHead => readRequestHead(raw, false)
+  t.equal(read('HOST', 'a', 'host', 'b').problem, 'more than one Host header')
+  t.equal(read('OpenSandbox-Secure-Access', '').secureAccess, '', 'present, though empty')
+  t.equal(read().secureAccess, undefined)
+  t.same(read('X-A', '1', 'Connection', 'X-A, close', 'X-B', '2').out, ['X-B', '2'])
+  t.same(read('Connection', 'close', 'Connection', 'x-b', 'X-A', '1', 'X-B', '2').out, ['X-A', '1'], 'options of every Connection header')
+  t.equal(read('Content-Length', '1', 'Transfer-Encoding', 'chunked').problem, 'both Content-Length and Transfer-Encoding')
+  t.equal(readRequestHead(Array.from({ length: 600 }, () => 'x'), false).problem, 'too many header fields')
+})
+
+t.test('cookies reach no further than their host', async (t) => {
+  for (const [cookie, host, wanted] of [
+    ['a=1', 'h', 'a=1'],
+    ['a=1; Domain=gw.test', 'a-1.gw.test', 'a=1'],
+    ['a=1; Path=/; domain=.gw.test; Secure', 'a-1.gw.test', 'a=1; Path=/; Secure'],
+    ['a=1; Domain=A-1.gw.test', 'a-1.gw.test', 'a=1; Domain=A-1.gw.test'],
+    ['domain=gw.test; Path=/', 'h', 'domain=gw.test; Path=/'],
+    ['a=1;DOMAIN = x ;HttpOnly', 'h', 'a=1;HttpOnly'],
+    ['a=1; Domain', 'h', 'a=1'],
+  ] as const) t.equal(narrowCookie(cookie, host), wanted, cookie)
+})
+
+t.test('frame boundaries, however the bytes are cut', async (t) => {
+  const frames = [Buffer.from([0x81, 2, 1, 2]), Buffer.from([0x82, 0]), Buffer.concat([Buffer.from([0x82, 126, 1, 0]), Buffer.alloc(256)]), Buffer.from([0x81, 0x82, 9, 9, 9, 9, 1, 2]), Buffer.concat([Buffer.from([0x82, 127, 0, 0, 0, 0, 0, 1, 0, 0]), Buffer.alloc(65_536)])]
+  const bytes = Buffer.concat(frames)
+  const ends = new Set(frames.map((_frame, n) => frames.slice(0, n + 1).reduce((sum, frame) => sum + frame.length, 0)))
+  for (const step of [1, 2, 3, 7, 1000, bytes.length]) {
+    const boundary = new FrameBoundary()
+    let wrong = 0
+    for (let at = 0; at < bytes.length; at += step) {
+      boundary.feed(bytes.subarray(at, at + step))
+      const end = Math.min(at + step, bytes.length)
+      if (boundary.clear !== ends.has(end)) wrong++
+    }
+    t.equal(wrong, 0, `in steps of ${step}`)
+  }
+  const boundary = new FrameBoundary()
+  boundary.feed(bytes.subarray(0, 3))
+  t.equal(boundary.feed(bytes.subarray(3), true), 1, 'stops at the first boundary')
+})
+
+t.test('failed attempts are counted per client and minute', async (t) => {
+  const throttle = new FailureThrottle(2)
+  throttle.failed('a', 0)
+  t.notOk(throttle.blocked('a', 1))
+  throttle.failed('a', 1)
+  t.ok(throttle.blocked('a', 2))
+  t.notOk(throttle.blocked('b', 2))
+  t.notOk(throttle.blocked('a', 60_001), 'a minute later')
+  const open = new FailureThrottle(0)
+  for (let i = 0; i < 100; i++) open.failed('a', i)
+  t.notOk(open.blocked('a', 100))
+})
+
+t.test('the routes file: refused whole at start, ignored whole later, taken when it changes', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'routes-'))
+  const path = join(folder, 'routes.json')
+  const problems: string[] = []
+  const table = new RouteTable(() => false)
+  const write = (text: string): void => {
+    writeFileSync(`${path}.new`, text)
+    renameSync(`${path}.new`, path)
+  }
+  const provider = new StaticProvider({ path, every: 10, onProblem: (problem) => void problems.push(problem) }, table)
+  t.teardown(async () => {
+    await provider.close()
+    rmSync(folder, { recursive: true })
+  })
+  await t.rejects(provider.start(), ConfigError, 'no file')
+  write('{"sandboxes":[{"id":"a"}]}')
+  await t.rejects(provider.start(), /host/, 'a missing host')
+  write('{"sandboxes":[{"id":"a","host":"10.0.0.1"},{"id":"b","host":"10.0.0.2"}]}')
+  await provider.start()
+  t.equal(table.size, 2)
+  const kept = table.get('b')
+  write('{"sandboxes":[{"id":"b","host":"10.0.0.2","state":"Paused"}')
+  await eventually(() => problems.length === 1, 'the broken file is told')
+  t.equal(table.size, 2, 'and changes nothing')
+  write('{"sandboxes":[{"id":"b","host":"10.0.0.2","state":"Paused"},{"id":"c","host":"10.0.0.3"}]}')
+  await eventually(() => table.get('c') !== undefined, 'the new file')
+  t.equal(table.get('a'), undefined)
+  t.equal(table.get('b'), kept, 'who stays keeps its connections')
+  t.equal(table.get('b')?.entry.state, 'Paused')
+})
+
+t.test('route events: the table is swapped at synced, never half-read', async (t) => {
+  const table = new RouteTable(() => false)
+  let synced = 0
+  const reader = new RouteReader(table, () => synced++)
+  const feed = (...events: RouteEvent[]): void => t.equal(reader.feed(events.map((event) => `${JSON.stringify(event)}\n`).join('')), null) as unknown as void
+  table.put(entry({ id: 'old' }))
+  feed({ type: 'reset' }, { type: 'put', sandbox: entry({ id: 'a' }) })
+  t.ok(table.get('old'), 'the old table is served while the new one is read')
+  t.notOk(table.get('a'))
+  t.ok(table.stale(Date.now()), 'half a list proves nothing')
+  feed({ type: 'put', sandbox: entry({ id: 'b' }) }, { type: 'delete', id: 'b' }, { type: 'synced' })
+  t.same([table.size, synced, table.get('old')], [1, 1, undefined])
+  t.notOk(table.stale(performance.now()))
+  feed({ type: 'put', sandbox: entry({ id: 'c' }) }, { type: 'ping' })
+  t.ok(table.get('c'), 'changes apply at once after that')
+  feed({ type: 'delete', id: 'c' })
+  t.notOk(table.get('c'))
+  const line = JSON.stringify({ type: 'put', sandbox: entry({ id: 'cut' }) })
+  reader.feed(line.slice(0, 10))
+  reader.feed(`${line.slice(10)}\n`)
+  t.ok(table.get('cut'), 'a line may arrive in pieces')
+  for (const bad of ['nonsense', '[]', '{"type":1}', '{"type":"put"}', '{"type":"put","sandbox":{"id":"","host":"h","lifecycle":"l","state":"Running"}}', '{"type":"put","sandbox":{"id":"x","host":"h","lifecycle":"l","state":"Odd"}}', '{"type":"delete"}']) t.equal(readEvent(bad), null, bad)
+  t.same(readEvent('{"type":"news"}'), { type: 'ping' }, 'a newer server may say more')
+  t.match(new RouteReader(table, () => undefined).feed('x'.repeat(2 << 20)), 'too long')
+})
+
+t.test('the route stream: token, reconnect, relist', async (t) => {
+  const streams: ServerResponse[] = []
+  const seen: (string | undefined)[] = []
+  let refuse = true
+  const source = createServer((request, response) => {
+    seen.push(`${request.url} ${request.headers.authorization}`)
+    if (refuse) return void response.writeHead(401).end()
+    streams.push(response.writeHead(200))
+  })
+  await new Promise<void>((resolve) => source.listen(0, '127.0.0.1', resolve))
+  const states: string[] = []
+  const table = new RouteTable(() => false)
+  const provider = new ServerProvider({ url: `http://127.0.0.1:${(source.address() as AddressInfo).port}/base/`, token: 'tok', random: () => 0, onState: (state) => void states.push(state) }, table)
+  t.teardown(async () => {
+    await provider.close()
+    source.closeAllConnections()
+    source.close()
+  })
+  const started = provider.start()
+  await eventually(() => states.length > 0, 'refused')
+  t.equal(states[0], 'refused with status 401')
+  refuse = false
+  const say = (stream: ServerResponse | undefined, ...events: RouteEvent[]): void => events.forEach((event) => stream?.write(`${JSON.stringify(event)}\n`))
+  await eventually(() => streams.length === 1, 'connected')
+  say(streams[0], { type: 'reset' }, { type: 'put', sandbox: entry({ id: 'a' }) }, { type: 'synced' })
+  await started
+  t.ok(table.get('a'))
+  t.equal(seen[0], `/base${routeStreamPath} Bearer tok`)
+  streams[0]?.destroy()
+  await eventually(() => streams.length === 2, 'reconnected')
+  t.ok(table.get('a'), 'the old table is served meanwhile')
+  say(streams[1], { type: 'reset' }, { type: 'put', sandbox: entry({ id: 'b' }) }, { type: 'synced' })
+  await eventually(() => table.get('b') !== undefined, 'relisted')
+  t.notOk(table.get('a'), 'what ended in the gap is gone')
+  streams[1]?.write('nonsense\n')
+  await eventually(() => streams.length === 3, 'a stream that cannot be read is opened anew')
+})
