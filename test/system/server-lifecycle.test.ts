@@ -1,4 +1,5 @@
 /** The lifecycle server on a real engine: what ends a sandbox, what leaves it alone, and what is left afterwards. */
+import { once } from 'node:events'
 import { createServer } from 'node:net'
 import { execa } from 'execa'
 import t from 'tap'
@@ -8,7 +9,7 @@ import { needs } from '#test/support/abilities.ts'
 import { createNetwork, docker, exec } from '#test/support/containers.ts'
 import type { Internet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
-import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
+import { startStack, type Sandbox } from '#test/support/stack.ts'
 
 t.setTimeout(600_000)
 await needs('root', 'docker', 'nft')
@@ -99,7 +100,8 @@ t.test('metadata survives, and so does the sandbox, when the server stops', { ti
 t.test('two servers on one engine', { timeout: 120_000 }, async (t) => {
   await using first = await startStack({ internet: nowhere })
   await using second = await startStack({ internet: nowhere, config: { docker: { network_name: first.network, bridge_name: first.bridge } } })
-  const [mine, other] = [await first.create(policy), await second.create(policy)]
+  const quiet = { ...policy, entrypoint: ['sleep', '3600'] }
+  const [mine, other] = [await first.create(quiet), await second.create(quiet)]
   t.equal((await second.api.get(mine.id)), undefined)
   t.equal((await second.api.call('DELETE', `/v1/sandboxes/${mine.id}`)).status, 404)
   await second.server.stop('SIGKILL')
@@ -117,15 +119,16 @@ t.test('two servers on one engine', { timeout: 120_000 }, async (t) => {
 t.test('what a sandbox reaches without a policy, and with one', { timeout: 180_000 }, async (t) => {
   await using plain = await createNetwork('isolation')
   await using stack = await startStack({ internet: nowhere })
-  const service = createServer((socket) => socket.end('host')).listen(0, '::')
+  const service = createServer((socket) => void socket.on('error', () => undefined).end('host')).listen(0, '::')
   t.teardown(() => service.close())
+  await once(service, 'listening')
   const port = (service.address() as { port: number }).port
   const loose = await plain.run()
   const published = await plain.run({ Entrypoint: ['node', '/opt/sallyport/app.mjs'], ExposedPorts: { '8080/tcp': {} }, HostConfig: { PortBindings: { '8080/tcp': [{ HostIp: '', HostPort: '' }] } } })
   const publishedPort = (await docker.getContainer(published.id).inspect()).NetworkSettings.Ports['8080/tcp']?.[0]?.HostPort ?? ''
   const [open, guarded, neighbour] = [await stack.create(), await stack.create(policy), await stack.create()]
   const addressOf = async (id: string): Promise<string> => Object.values((await docker.getContainer(id).inspect()).NetworkSettings.Networks)[0]?.IPAddress ?? ''
-  const gatewayOf = async (name: string): Promise<string> => (await docker.getNetwork(name).inspect()).IPAM.Config[0].Gateway
+  const gatewayOf = async (name: string): Promise<string> => (await docker.getNetwork(name).inspect()).IPAM?.Config?.[0]?.Gateway ?? ''
   const own = await gatewayOf(stack.network)
   const neighbourAt = await addressOf(neighbour.main)
 
@@ -145,6 +148,7 @@ t.test('what a sandbox reaches without a policy, and with one', { timeout: 180_0
   await t.test("neighbours' names tell no ids", async (t) => {
     const ask = ['python3', '-c', `import socket; print(socket.gethostbyaddr("${neighbourAt}")[0])`]
     const name = (await open.run(ask)).stdout.trim()
+    t.match(name, /^sallyport-[0-9a-f]{24}-main\./, 'they are told')
     t.notMatch(name, neighbour.id.slice(0, 8))
   })
   await t.test('what the main container may do', async (t) => {
