@@ -3,7 +3,7 @@
  * call returns. The row exists before the first Docker object of the group does, so whatever is found half-made at
  * the next start can be told from what is complete.
  */
-import { mkdirSync } from 'node:fs'
+import { closeSync, mkdirSync, openSync } from 'node:fs'
 import { dirname } from 'node:path'
 import { DatabaseSync, type StatementSync } from 'node:sqlite'
 import { ApiError } from './api-error.ts'
@@ -18,7 +18,11 @@ export class Store {
 
   /** Opens or makes the file; `:memory:` for tests. @throws when it is another program's, or a newer version's */
   constructor(path: string) {
-    if (path !== ':memory:') mkdirSync(dirname(path), { recursive: true, mode: 0o700 })
+    if (path !== ':memory:') {
+      mkdirSync(dirname(path), { recursive: true, mode: 0o700 })
+      // It holds tokens: made for nobody else before SQLite writes to it (its side files take over the mode).
+      closeSync(openSync(path, 'a', 0o600))
+    }
     this.#db = new DatabaseSync(path)
     this.#db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000; PRAGMA wal_autocheckpoint = 200')
     this.#migrate()
