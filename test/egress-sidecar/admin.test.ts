@@ -1,0 +1,81 @@
+/** The policy API on the wire. */
+import { request } from 'node:http'
+import t, { type Test } from 'tap'
+import type { NetworkPolicy } from '#policies/document.ts'
+import { listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
+import { PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
+
+type Answer = { status: number; headers: Record<string, unknown>; text: string }
+
+async function setUp(t: Test, given: Partial<AdminDeps> = {}) {
+  const policy: NetworkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }] }
+  const bodies: string[] = []
+  const take = (name: string, reason?: string) => async (body: string) => {
+    bodies.push(`${name} ${body}`)
+    if (body === 'bad') throw new PolicyRefusal(400, 'invalid policy: bad')
+    if (body === 'bug') throw new Error('secret detail')
+    return { policy, rules: [], ...(reason === undefined ? {} : { reason }) }
+  }
+  const keeper: PolicyKeeper = { policy, always: { deny: [], allow: [] }, put: take('put'), patch: take('patch'), remove: take('remove', 'no matching targets found'), reload: async () => false }
+  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, ...given })
+  t.teardown(() => admin.close())
+  const call = (method: string, path: string, body = '', headers: Record<string, string> = {}): Promise<Answer> =>
+    new Promise((resolve, reject) => {
+      const sent = request({ host: '127.0.0.1', port: admin.port, method, path, headers: { 'content-length': Buffer.byteLength(body), ...headers } }, (response) => {
+        let text = ''
+        response.setEncoding('utf8').on('data', (part: string) => (text += part)).on('end', () => resolve({ status: response.statusCode ?? 0, headers: response.headers, text }))
+      })
+      sent.on('error', reject)
+      sent.end(body)
+    })
+  return { call, bodies }
+}
+
+t.test('answers have the original\'s keys in its order', async (t) => {
+  const { call, bodies } = await setUp(t)
+  t.equal((await call('GET', '/policy?x=1')).text, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft","policy":{"egress":[{"action":"allow","target":"a.example"}],"defaultAction":"deny"}}\n')
+  for (const method of ['POST', 'PUT', 'PATCH']) t.equal((await call(method, '/policy', '{}', { 'content-type': 'application/x-www-form-urlencoded' })).text, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft"}\n', method)
+  t.equal((await call('DELETE', '/policy', '["x"]')).text, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft","reason":"no matching targets found"}\n')
+  t.same(bodies, ['put {}', 'put {}', 'patch {}', 'remove ["x"]'])
+  t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [200, 'ok'])
+})
+
+t.test('mode dns warns in every answer', async (t) => {
+  const { call } = await setUp(t, { enforcementMode: 'dns' })
+  for (const method of ['GET', 'POST']) t.match(JSON.parse((await call(method, '/policy')).text), { enforcementMode: 'dns', warning: /not restricted/ })
+})
+
+t.test('errors are plain text', async (t) => {
+  const { call } = await setUp(t)
+  const rows: [string, string, string, number, string][] = [
+    ['GET', '/nowhere', '', 404, '404 page not found\n'],
+    ['OPTIONS', '/policy', '', 405, 'method not allowed\n'],
+    ['POST', '/policy', 'bad', 400, 'invalid policy: bad\n'],
+    ['POST', '/policy', 'bug', 500, 'internal error\n'],
+    ['POST', '/policy', 'x'.repeat((1 << 20) + 1), 413, 'request body exceeds 1048576 bytes\n'],
+  ]
+  for (const [method, path, body, status, text] of rows) {
+    const answer = await call(method, path, body)
+    t.same([answer.status, answer.text], [status, text], `${method} ${path}`)
+    t.match(answer.headers, { 'content-type': 'text/plain; charset=utf-8', 'x-content-type-options': 'nosniff' })
+  }
+  t.equal((await call('OPTIONS', '/policy')).headers['allow'], 'GET, POST, PUT, PATCH, DELETE')
+  t.equal((await call('HEAD', '/policy')).status, 405)
+})
+
+t.test('who may', async (t) => {
+  const { call, bodies } = await setUp(t, { token: 'secret' })
+  for (const headers of [{}, { 'opensandbox-egress-auth': 'wrong' }, { 'opensandbox-egress-auth': '' }, { authorization: 'secret' }]) {
+    for (const method of ['GET', 'POST', 'OPTIONS']) t.same(await call(method, '/policy', '{}', headers).then(({ status, text }) => [status, text]), [401, 'unauthorized\n'], `${method} ${JSON.stringify(headers)}`)
+  }
+  t.equal((await call('GET', '/policy', '', { 'OPENSANDBOX-EGRESS-AUTH': 'secret' })).status, 200)
+  t.equal((await call('GET', '/healthz')).status, 200, 'health needs none')
+  for (const headers of [{ origin: 'http://evil.example' }, { 'sec-fetch-site': 'cross-site' }]) t.equal((await call('POST', '/policy', '{}', { 'opensandbox-egress-auth': 'secret', ...headers })).status, 403, 'a browser\'s page')
+  t.same(bodies, [])
+})
+
+t.test('not ready yet', async (t) => {
+  const { call } = await setUp(t, { unready: () => 'not ready', keeper: () => null })
+  t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [503, 'not ready\n'])
+  for (const method of ['GET', 'PUT']) t.equal((await call(method, '/policy')).status, 503)
+})

@@ -1,0 +1,74 @@
+/** The whole ruleset as text. Read a change of the snapshot like a change of code. */
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import t from 'tap'
+import { compilePolicy } from '#policies/compile.ts'
+import { readNetworkPolicy } from '#policies/document.ts'
+import { bootStatements, closeStatements, leaseSeconds, openStatements, policyStatements, type RulesetInput } from '../../egress-sidecar/ruleset.ts'
+
+const input: RulesetInput = {
+  rules: compilePolicy({
+    defaultAction: 'deny',
+    egress: [
+      { action: 'allow', target: '*.example.com' },
+      { action: 'allow', target: '1.1.1.1' },
+      { action: 'allow', target: '198.18.0.0/15' },
+      { action: 'allow', target: '198.18.7.0/24' },
+      { action: 'allow', target: 'fd00::/8' },
+      { action: 'deny', target: '10.0.0.0/8' },
+      { action: 'deny', target: '2001:db8::1' },
+    ],
+  }),
+  filter: true,
+  ipv6: true,
+  exemption: { match: 'meta mark 0x1ee7', protocols: ['udp', 'tcp'] },
+  upstreams: [{ address: '198.51.100.53', port: 53 }, { address: '2001:db8::53', port: 5353 }],
+  openResolvers: [],
+  doh: { everywhere: false, addresses: [] },
+  generation: 1,
+}
+const allowAll = readNetworkPolicy({ defaultAction: 'allow' })
+if (!allowAll.ok) throw new Error('policy')
+
+const rulesets: Record<string, readonly string[]> = {
+  'boot: everything refused': bootStatements(),
+  'default deny, IPv6, exempt by mark': policyStatements(input),
+  'no IPv6, exempt by port, two addresses forgotten': policyStatements({ ...input, ipv6: false, exemption: { match: 'udp sport { 40000, 40001 }', protocols: ['udp'] } }, ['198.51.100.9', '2001:db8::9']),
+  'default allow, 443 closed, one open resolver': policyStatements({ ...input, rules: compilePolicy(allowAll.policy), doh: { everywhere: true, addresses: [] }, openResolvers: ['198.51.100.54'] }),
+  'a DoH block list': policyStatements({ ...input, doh: { everywhere: false, addresses: ['9.9.9.0/24', '9.9.9.9', '2620:fe::fe'] } }),
+  'mode dns': policyStatements({ ...input, filter: false }),
+  'opening addresses': openStatements(new Map([['198.51.100.1', 60], ['198.51.100.2', 90], ['2001:db8::2', 360]]), new Set(['198.51.100.2'])),
+  'the end': closeStatements(),
+}
+
+t.test('as recorded', async (t) => {
+  const recorded = join(import.meta.dirname, 'rulesets.txt')
+  const printed = Object.entries(rulesets).map(([name, statements]) => `# ${name}\n${statements.join('\n')}\n`).join('\n')
+  if (process.env['UPDATE_SNAPSHOTS'] === '1') writeFileSync(recorded, printed)
+  t.equal(printed, readFileSync(recorded, 'utf8'), 'UPDATE_SNAPSHOTS=1 records anew')
+})
+
+t.test('what must come before what', async (t) => {
+  const statements = policyStatements(input)
+  const rules = statements.filter((statement) => statement.startsWith('add rule inet opensandbox egress ')).map((statement) => statement.slice('add rule inet opensandbox egress '.length))
+  const order = ['ip daddr 127.0.0.11 goto denied', 'oifname "lo" accept', 'jump exempt', 'th dport 853', '@deny_v4', '@deny_net_v6', '@dyn_allow_v4', '@allow_v4', 'ct mark 0x1 ct state established', 'goto denied']
+  let last = -1
+  for (const part of order) {
+    const at = rules.findIndex((rule, index) => index > last && rule.includes(part))
+    t.ok(at > last, part)
+    last = at
+  }
+  t.equal(last, rules.length - 1, 'and nothing behind the end')
+  t.notOk(rules.some((rule) => /^ct state established[^d]*accept$/.test(rule)), 'no connection is let out for being old')
+  t.ok(statements.every((statement) => !statement.includes('\n')))
+})
+
+t.test('the exemption never leads anywhere else', async (t) => {
+  for (const statement of policyStatements(input)) {
+    if (statement.includes('0x1ee7')) t.match(statement, /^add rule inet opensandbox (nat|exempt) meta mark 0x1ee7 ip6? daddr (198\.51\.100\.53|2001:db8::53) (udp|tcp) dport (53|5353) accept$/)
+  }
+})
+
+t.test('leases', async (t) => {
+  for (const [ttl, seconds] of [[0, 60], [1, 61], [10, 70], [60, 120], [120, 180], [300, 360], [9999, 360]] as const) t.equal(leaseSeconds(ttl), seconds, `TTL ${ttl}`)
+})
