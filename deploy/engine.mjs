@@ -34,8 +34,8 @@ export async function ensureEngine({ dockerHost, logFile, install, say }) {
   const running = runningEngine()
   if (running !== undefined && address.socketPath === defaultSocket) {
     say(`Docker engine: process ${running} is starting, waiting for it`)
-    if (await waitForAnswer(address, () => undefined)) return
-    throw new Unavailable(`dockerd (process ${running}) runs but does not answer on ${address.socketPath}. End it (kill ${running}) and try again.`)
+    if (await waitForAnswer(address, () => (runningEngine() === running ? undefined : 'ended'))) return
+    if (runningEngine() === running) throw new Unavailable(`dockerd (process ${running}) runs but does not answer on ${address.socketPath}. End it (kill ${running}) and try again.`)
   }
   await start(address, { logFile, say })
 }
@@ -123,9 +123,11 @@ function readPid(file) {
   }
 }
 
+/** What process has that number, or undefined. One that has ended counts as gone, also where nobody collects it. */
 function processName(pid) {
   try {
-    return readFileSync(`/proc/${pid}/comm`, 'utf8').trim()
+    const [, name, state] = /^\d+ \((.*)\) (\S)/s.exec(readFileSync(`/proc/${pid}/stat`, 'utf8'))
+    return state === 'Z' || state === 'X' ? undefined : name
   } catch {
     return undefined
   }

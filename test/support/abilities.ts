@@ -8,9 +8,11 @@ import { answers, engineAddress, findProgram } from '../../deploy/engine.mjs'
 const checks = {
   root: { lack: 'root', has: () => process.getuid?.() === 0 },
   docker: { lack: 'a Docker engine', has: () => answers(engineAddress(process.env['DOCKER_HOST'])) },
+  dockerd: { lack: 'dockerd', has: () => findProgram('dockerd') !== undefined },
   nft: { lack: 'nft', has: () => findProgram('nft') !== undefined },
   iptables: { lack: 'iptables', has: () => findProgram('iptables') !== undefined },
   netns: { lack: 'ip netns', has: () => findProgram('ip') !== undefined },
+  python3: { lack: 'python3', has: () => findProgram('python3') !== undefined },
   curl: { lack: 'curl', has: () => findProgram('curl') !== undefined },
   ipv6: { lack: 'IPv6', has: () => existsSync('/proc/sys/net/ipv6') },
 } satisfies Record<string, { lack: string; has: () => boolean | Promise<boolean> }>

@@ -24,7 +24,7 @@ export function readFiles(output: string): FileResult[] {
   for (const found of output.matchAll(/^(not )?ok \d+ - (\S+)(?: # (?:SKIP (.*)|time=([\d.]+)(ms|s)))?$/gm)) {
     const [line, not, title, skipped, time, unit] = found
     // A file that took too long is named below its line only.
-    const late = title === 'timeout!' ? /^\n  ---\n  expired: (\S+)$/m.exec(output.slice(found.index + line.length)) : null
+    const late = title === 'timeout!' ? /^\n {2}---\n {2}expired: (\S+)/.exec(output.slice(found.index + line.length)) : null
     const name = late === null ? title! : `${late[1]} took too long`
     files.push({ name, ok: not === undefined, skipped, milliseconds: Number(time ?? 0) * (unit === 's' ? 1000 : 1), output: output.slice(from, found.index + line.length) })
     from = found.index + line.length
