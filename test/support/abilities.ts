@@ -12,6 +12,7 @@ const checks = {
   nft: { lack: 'nft', has: () => findProgram('nft') !== undefined },
   iptables: { lack: 'iptables', has: () => findProgram('iptables') !== undefined },
   netns: { lack: 'ip netns', has: () => findProgram('ip') !== undefined },
+  sysctl: { lack: 'sysctl', has: () => findProgram('sysctl') !== undefined },
   python3: { lack: 'python3', has: () => findProgram('python3') !== undefined },
   curl: { lack: 'curl', has: () => findProgram('curl') !== undefined },
   ipv6: { lack: 'IPv6', has: () => existsSync('/proc/sys/net/ipv6') },
