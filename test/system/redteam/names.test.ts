@@ -1,0 +1,124 @@
+/**
+ * Names that lie: allowed names that lead to places nobody meant (rebinding, aliases, the host), names that read differently to
+ * the policy and to a resolver, and answers made to keep an address open or to open more than was asked for.
+ */
+import { networkInterfaces } from 'node:os'
+import t from 'tap'
+import { needs } from '#test/support/abilities.ts'
+import { startInternet } from '#test/support/internet.ts'
+import { startStack } from '#test/support/stack.ts'
+import { createNetwork } from '#test/support/containers.ts'
+import { asks, attack, fire, reaches, resolver, type Row } from './range.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns')
+t.setTimeout(200_000)
+
+type Place = 'a sandbox without a policy' | 'a plain container'
+const open = 'a sandbox without a policy'
+const plain = 'a plain container'
+
+/** What an allowed name answers, and where that would lead. */
+const places: readonly [why: string, first: Place, address: string][] = [
+  ['10/8', open, '10.66.7.8'],
+  ['172.16/12', open, '172.31.66.7'],
+  ['192.168/16', open, '192.168.66.7'],
+  ['shared address space', open, '100.66.7.8'],
+  ['link-local', plain, '169.254.66.7'],
+  ['cloud metadata', plain, '169.254.169.254'],
+  ["another cloud's metadata", plain, '100.100.100.200'],
+  ['reserved space', open, '240.66.7.8'],
+]
+const zones = {
+  'allowed.example': { a: ['198.51.100.10'] },
+  'denied.wild.example': { a: ['198.51.100.30'] },
+  'alias.wild.example': { cname: 'denied.wild.example' },
+  'alias2.wild.example': { cname: 'hop.elsewhere.example' },
+  'hop.elsewhere.example': { cname: 'denied.wild.example' },
+  'blocked.wild.example': { a: ['198.18.77.7'] },
+  'mixed.wild.example': { a: ['198.51.100.40', '10.66.9.9', '198.18.77.8'] },
+  'this-host.wild.example': { a: ['0.0.0.0', '127.0.0.1', '127.0.0.53'] },
+  'short.wild.example': { a: ['198.51.100.41'], ttl: 0 },
+  'long.wild.example': { a: ['198.51.100.42'], ttl: 2 ** 31 },
+  'longest.wild.example': { a: ['198.51.100.43'], ttl: 2 ** 32 - 1 },
+  ...Object.fromEntries(places.map(([, , address], i) => [`to${i}.wild.example`, { a: [address] }])),
+  ...Object.fromEntries(ownAddresses().map((address, i) => [`host${i}.wild.example`, { a: [address] }])),
+  '*.leak.example': { a: ['198.51.100.66'] },
+}
+const networkPolicy = {
+  defaultAction: 'deny',
+  egress: [
+    { action: 'allow', target: 'allowed.example' },
+    { action: 'deny', target: 'denied.wild.example' },
+    { action: 'allow', target: '*.wild.example' },
+    { action: 'deny', target: '198.18.77.0/24' },
+  ],
+}
+
+const hex = (...labels: (string | Buffer)[]): string => Buffer.concat([...labels.flatMap((label) => [Buffer.from([label.length]), Buffer.from(label as string, 'latin1')]), Buffer.from([0])]).toString('hex')
+const below = (name: string): string[] => name.split('.')
+
+/** Questions in wire format whose labels a careless reader would take for an allowed name. `name`: what the resolver would see. */
+const spellings: readonly [why: string, wire: (name: string) => string][] = [
+  ['upper case', (name) => hex(...below(name.toUpperCase()))],
+  ['a dot inside a label', (name) => hex('x', 'wild.example', ...below(name))],
+  ['an allowed name as one label', (name) => hex('allowed.example', ...below(name))],
+  ['a NUL behind an allowed name', (name) => hex('allowed.example\0', ...below(name))],
+  ['a NUL inside a label', (name) => hex('allowed\0', ...below(name))],
+  ['a percent sign', (name) => hex('allowed%2eexample%00', ...below(name))],
+  ['raw UTF-8', (name) => hex(Buffer.from('allоwed', 'utf8'), ...below(name))],
+  ['an A-label', (name) => hex('xn--allwed-7bh', ...below(name))],
+  ['spaces', (name) => hex(' allowed', 'example ', ...below(name))],
+  ['a backslash', (name) => hex('allowed\\', 'example\\', ...below(name))],
+  ['an allowed name as a prefix', (name) => hex('allowed', 'example', ...below(name))],
+  ['a slash and a port', (name) => hex('allowed.example:53/', ...below(name))],
+]
+
+const rows: Row<Place>[] = [
+  ...places.map(([why, first, address], i) => reaches(`an allowed name that leads to ${why}`, first, () => ['steps', 'ask', `to${i}.wild.example`, '127.0.0.11', ';', 'sleep', '0.1', ';', 'udp', address, '80'], address)),
+  reaches('an allowed name that leads to a denied network', open, (to) => ['steps', 'ask', 'blocked.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '198.18.77.7'),
+  reaches('a private address among good ones', open, (to) => ['steps', 'ask', 'mixed.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '10.66.9.9'),
+  reaches('a denied address among good ones', open, (to) => ['steps', 'ask', 'mixed.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '198.18.77.8'),
+  reaches('an alias of a denied name', open, (to) => ['steps', 'ask', 'alias.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '198.51.100.30'),
+  reaches('an alias of an alias of a denied name', open, (to) => ['steps', 'ask', 'alias2.wild.example', '127.0.0.11', ';', 'udp', to, '81'], '198.51.100.30'),
+  ...spellings.map(([why, wire]) => asks(`${why}`, open, (name) => ['ask_wire', wire(name), '127.0.0.11'])),
+  asks('a trailing dot of its own', open, (name) => ['ask_wire', hex(...below(name), 'allowed', 'example.').replace(/00$/, '00'), '127.0.0.11'], 'example'),
+  asks('search domains: fifty names', open, (name) => ['steps', ...Array.from({ length: 50 }, (_, i) => ['ask', `allowed.example.s${i}.${name}`, '127.0.0.11', ';']).flat()]),
+]
+
+t.test('names that lie', async (t) => {
+  await using internet = await startInternet({ zones, claims: ['10.66.0.0/16', '172.31.66.0/24', '192.168.66.0/24', '100.66.0.0/16', '169.254.66.0/24', '169.254.169.254', '100.100.100.200'] })
+  await using network = await createNetwork('names')
+  await internet.fence(network.bridge)
+  await using stack = await startStack({ internet })
+  const free = await stack.create()
+  const guarded = await stack.create({ networkPolicy })
+  const reserved = rows.filter(({ address }) => address?.startsWith('240.') !== true)
+  const where = { [open]: free.main, [plain]: (await network.run({ HostConfig: { Dns: [resolver] } })).id }
+  await attack(t, { internet, places: where, guarded: new Map([['a sandbox with a policy', guarded.main]]) }, reserved)
+
+  await t.test('what is said of such names', async (t) => {
+    const look = async (name: string): Promise<string> => (await guarded.run(['python3', '-c', `import socket\ntry: print(sorted({a[4][0] for a in socket.getaddrinfo("${name}",80,socket.AF_INET)}))\nexcept OSError: print("nothing")`])).stdout.trim()
+    for (const [i, [why]] of places.entries()) t.equal(await look(`to${i}.wild.example`), 'nothing', `the address is not told: ${why}`)
+    t.equal(await look('this-host.wild.example'), 'nothing', 'no name leads to the loopback')
+    t.equal(await look('mixed.wild.example'), "['198.51.100.40']", 'of several addresses only the good one is told')
+    t.equal(await look('alias.wild.example'), 'nothing', 'no alias leads to a denied name')
+    t.equal(await look('DENIED.Wild.Example.'), 'nothing', 'nor does its name in other letters with a dot behind')
+    t.equal(await look('ALLOWED.Example.'), "['198.51.100.10']", 'an allowed name is allowed however it is written')
+  })
+
+  await t.test('how long an answer counts', async (t) => {
+    for (const [name, address] of [['short', '198.51.100.41'], ['long', '198.51.100.42'], ['longest', '198.51.100.43']] as const) {
+      const [ttl] = (await fire(guarded.main, [['ttl', `${name}.wild.example`, '127.0.0.11']])) as [string]
+      t.ok(Number(ttl) <= 300, `${name}: the client may keep it no longer than the kernel does`, { ttl })
+      await internet.forget()
+      await fire(guarded.main, [['udp', address, '80']])
+      t.ok((await internet.flows()).some(({ to }) => to === address), `${name}: and for that long it is open`)
+    }
+  })
+  t.match((await guarded.run(['curl', '-sS', '-m', '5', 'http://allowed.example/still'])).stdout, 'GET /still', 'and the allowed name still connects')
+})
+
+function ownAddresses(): string[] {
+  const all = Object.values(networkInterfaces()).flatMap((list) => list ?? [])
+  return [...new Set(all.filter(({ family, internal }) => family === 'IPv4' && !internal).map(({ address }) => address))]
+}
