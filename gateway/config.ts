@@ -25,6 +25,7 @@ export const GatewayConfigSchema = Type.Object({
   secureAccessKeys: text('', 'keys of signed routes: `a=<base64>,b=<base64>`'),
   secureAccessKeysFile: text('', 'the same from a file, read again when it changes'),
   hideMissing: Type.Boolean({ default: false, description: 'answer unknown sandboxes like refused access' }),
+  uriCookies: Type.Boolean({ default: false, description: 'let a browser enter by cookie in URI mode, where all sandboxes share one origin' }),
   authFailuresPerMinute: count(30, 'refused signatures per client and minute; 0: no limit'),
   allowLoopbackUpstreams: Type.Boolean({ default: false, description: "dial loopback and this host's own addresses" }),
   trustedProxies: Type.Array(Type.String(), { default: [], description: 'networks whose X-Forwarded headers are believed, comma-separated' }),

@@ -74,6 +74,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     trustedProxies: networks(config.trustedProxies),
     keys: deps.keys,
     hideMissing: config.hideMissing,
+    uriCookies: config.uriCookies,
     draining: () => draining,
     overloaded: () => connections > config.maxConnections,
     access: deps.access,

@@ -2,9 +2,10 @@
 import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
-import { decideAccess, type AccessKeys } from '#policies/access.ts'
+import { decideAccess, decideStrongAccess, type AccessKeys } from '#policies/access.ts'
 import type { NetworkTable } from '#policies/address.ts'
 import { Fault, type FaultCode } from '#policies/fault.ts'
+import { entryCookie, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
 import { addForwarded, connectionOptions, readRequestHead } from './headers.ts'
 import { hasToken, type Located, type Locator, type NotLocated } from './locate.ts'
 import type { Metrics } from './metrics.ts'
@@ -31,6 +32,8 @@ export type Edge = {
   readonly keys: () => AccessKeys
   /** Refuse unknown sandboxes and refused access alike, so that nobody learns which ids exist. */
   readonly hideMissing: boolean
+  /** Browsers may enter by cookie in URI mode. */
+  readonly uriCookies: boolean
   readonly draining: () => boolean
   readonly overloaded: () => boolean
   /** Takes one access line, newline included; null: none is wanted. */
@@ -62,10 +65,12 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
     return refuse(visit, refused.code, refused.detail, edge.draining())
   }
 
+  if (visit.redirect !== '') return redirect(visit)
+
   // 4. Tell the sandbox who asks, and relay.
   const upstream = upstreamOf(visit.sandbox as NonNullable<Visit['sandbox']>, visit.port, edge.relayOptions)
   if (upstream === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
-  addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.prefix, requestId: visit.requestId })
+  addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   const relay = new HttpRelay(visit, upstream, edge.relayOptions, onRefusal, edge.relays, edge.draining)
   answer[relayKey] = relay
   relay.send()
@@ -77,7 +82,7 @@ export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Sock
   socket.on('error', () => socket.destroy())
   const refused = admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
-  addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.prefix, requestId: visit.requestId })
+  addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   edge.upgrades.relay(visit, visit.sandbox as NonNullable<Visit['sandbox']>, socket, early)
 }
 
@@ -141,12 +146,14 @@ function admit(edge: Edge, visit: Visit): Refused | null {
   visit.port = located.route.port
   visit.target = located.target
   visit.prefix = located.prefix
+  visit.plainPrefix = located.plainPrefix
   visit.hidden = located.hidden
+  const token = takeToken(edge, visit, located)
   visit.locatedAt = now
 
   if (edge.table.stale(now)) return { code: 'EDGE_ROUTES_STALE', detail: '' }
   if (edge.hideMissing || hasToken(located.sandbox)) {
-    const denied = checkAccess(edge, visit, located, now)
+    const denied = checkAccess(edge, visit, located, token, now)
     if (denied !== null) return denied
   }
   const { state, host, id } = located.sandbox.entry
@@ -159,10 +166,52 @@ function admit(edge: Edge, visit: Visit): Refused | null {
   return null
 }
 
-function checkAccess(edge: Edge, visit: Visit, { route, sandbox }: Located, now: number): Refused | null {
+type Carried = { readonly token: string; readonly by: 'header' | 'path' | 'query' | 'cookie' }
+
+/** Takes our token off the request, whether or not anybody asks for it: it is nothing a sandbox should learn. */
+function takeToken(edge: Edge, visit: Visit, { by, prefix }: Located): Carried | null {
+  const { head } = visit
+  let found: Carried | null = null
+  const cookie = by === 'host' ? head.hostCookie : by === 'path' && edge.uriCookies ? head.pathCookie : ''
+  if (cookie !== '') found = { token: cookie, by: 'cookie' }
+  const parameter = takeParameter(visit.target)
+  if (parameter !== null) {
+    found = { token: parameter.token, by: 'query' }
+    visit.target = parameter.rest
+  }
+  const segment = by === 'path' ? takeSegment(visit.target) : null
+  if (segment !== null) {
+    found = { token: segment.token, by: 'path' }
+    visit.target = segment.rest
+    visit.prefix = `${prefix}/${segment.token}`
+  }
+  return head.access === undefined ? found : { token: head.access.trim(), by: 'header' }
+}
+
+/** A token that did not come as a cookie of its own accord is asked before the route's signature; a cookie after it. */
+function checkStrong(edge: Edge, visit: Visit, { route, sandbox, by, prefix }: Located, { token, by: carried }: Carried): Refused | null {
+  const query = visit.target.indexOf('?')
+  const path = query === -1 ? visit.target : visit.target.slice(0, query)
+  const method = visit.request.method as string
+  const now = Date.now() / 1000
+  const answer = decideStrongAccess({ token, id: route.id, port: route.port, method, path, epoch: sandbox.entry.epoch ?? 0, keys: edge.keys(), now })
+  if (!answer.ok) return { code: answer.fault, detail: answer.detail }
+  // A browser goes on without the token in its address bar, history and Referer; others have what they asked for.
+  const browses = carried === 'query' && visit.response !== null && (method === 'GET' || method === 'HEAD')
+  if (browses && (by === 'host' || (by === 'path' && edge.uriCookies))) {
+    visit.redirect = sameHostLocation(prefix + visit.target)
+    visit.entryCookie = entryCookie(token, prefix, visit.head.proto === 'https', now)
+  }
+  return null
+}
+
+function checkAccess(edge: Edge, visit: Visit, located: Located, carried: Carried | null, now: number): Refused | null {
+  const { route, sandbox } = located
   const token = sandbox.entry.secureAccessToken?.trim() ?? ''
   const header = visit.head.secureAccess
-  // Only signatures can be guessed; a wrong header alone locks nobody out behind a shared address.
+  const strong = token !== '' && header === undefined && carried !== null && (carried.by !== 'cookie' || route.signature === undefined)
+  if (strong) return checkStrong(edge, visit, located, carried)
+  // Only short signatures can be guessed; a wrong header alone locks nobody out behind a shared address.
   if (token !== '' && header === undefined && route.signature !== undefined && edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
   const answer = decideAccess({ token, header, route, keys: edge.keys(), now: Date.now() / 1000 })
   if (answer.ok) return null
@@ -242,6 +291,14 @@ export function finish(edge: Edge, visit: Visit): void {
   const now = performance.now()
   edge.metrics.done(visit, now)
   if (edge.access !== null) edge.access(accessLine(visit, Date.now(), now))
+}
+
+/** The same URL without the token, which now is a cookie. */
+function redirect(visit: Visit): void {
+  const response = visit.response as ServerResponse
+  visit.status = 302
+  response.writeHead(302, ['location', visit.redirect, 'set-cookie', visit.entryCookie, 'cache-control', 'no-store', 'referrer-policy', 'no-referrer', 'content-length', '0'])
+  response.end()
 }
 
 function asksReadiness(url: string): boolean {

@@ -3,6 +3,7 @@
  * and relaying need is picked out on the way, and what remains is what the sandbox may see.
  */
 import { headerNames } from '#policies/wire.ts'
+import { takeCookies } from './entry.ts'
 
 /** What a request field means to the gateway. Everything that is not in the list passes through. */
 const kinds = {
@@ -23,6 +24,8 @@ const kinds = {
   idempotencyKey: 14,
   forwardedPrefix: 15,
   expect: 16,
+  access: 17,
+  cookie: 18,
 } as const
 type Kind = (typeof kinds)[keyof typeof kinds]
 
@@ -44,7 +47,8 @@ const requestFields: readonly (readonly [string, Kind])[] = [
   [headerNames.ingressTo, kinds.ingressTo],
   [headerNames.deprecatedIngressTo, kinds.deprecatedIngressTo],
   [headerNames.secureAccess, kinds.secureAccess],
-  [headerNames.access, kinds.drop],
+  [headerNames.access, kinds.access],
+  ['cookie', kinds.cookie], //                   ours are taken out
   [headerNames.apiKey, kinds.drop], //           the lifecycle server's key is nothing a sandbox should learn
   [headerNames.requestId, kinds.requestId],
   ['x-forwarded-for', kinds.forwardedFor],
@@ -84,11 +88,18 @@ export class RequestHead {
   ingressTo: string | undefined = undefined
   deprecatedIngressTo: string | undefined = undefined
   secureAccess: string | undefined = undefined
+  /** Our strong token, as a header. */
+  access: string | undefined = undefined
+  /** Our strong token, as one of our cookies; '' when there is none. */
+  hostCookie = ''
+  pathCookie = ''
   requestId: string | undefined = undefined
   forwardedFor = ''
   forwardedPrefix = ''
   forwardedHost = false
   forwardedProto = false
+  /** What the client spoke, as far as it is known. */
+  proto: 'http' | 'https' = 'http'
   forwardedPort = false
   contentLength = ''
   chunked = false
@@ -165,6 +176,12 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
         head.replayable = true
         out.push(name, value)
         break
+      case kinds.access:
+        head.access ??= value
+        break
+      case kinds.cookie:
+        keepCookies(head, name, value)
+        break
       case kinds.expect:
         // node:http finds `100-continue` anywhere in the value; it is the only expectation there is (RFC 9110 §10.1.1).
         if (value.toLowerCase() !== '100-continue') head.problem = 'unsupported expectation'
@@ -178,11 +195,24 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
   return head
 }
 
+function keepCookies(head: RequestHead, name: string, value: string): void {
+  const ours = takeCookies(value)
+  if (ours === null) {
+    head.out.push(name, value)
+    return
+  }
+  head.hostCookie ||= ours.host
+  head.pathCookie ||= ours.path
+  if (ours.rest !== '') head.out.push(name, ours.rest)
+}
+
 function keepForwarded(head: RequestHead, name: string, value: string): void {
   const lower = name.toLowerCase()
   if (lower === 'x-forwarded-host') head.forwardedHost = true
-  else if (lower === 'x-forwarded-proto') head.forwardedProto = true
-  else if (lower === 'x-forwarded-port') head.forwardedPort = true
+  else if (lower === 'x-forwarded-proto') {
+    head.forwardedProto = true
+    if (value.trim().toLowerCase() === 'https') head.proto = 'https'
+  } else if (lower === 'x-forwarded-port') head.forwardedPort = true
   head.out.push(name, value)
 }
 
@@ -290,11 +320,13 @@ export function narrowCookie(cookie: string, ownHost: string): string {
 
 /**
  * Moves root-relative references of a response below the prefix that URI mode took off the path.
- * @param prefix for example `/my-sandbox/8080`
+ * @param prefix for example `/my-sandbox/8080`, with token or signature where the client came in with one
+ * @param plain the same without: the sandbox was told this one, and may have used it
  * @param authority the sandbox's own `host:port`, as an application may write it into an absolute Location
  */
-export function prefixRewriter(prefix: string, authority: string): (name: string, value: string) => string {
-  const under = (path: string): string => (path === prefix || path.startsWith(`${prefix}/`) ? path : prefix + path)
+export function prefixRewriter(prefix: string, plain: string, authority: string): (name: string, value: string) => string {
+  const below = (path: string, base: string): boolean => path === base || path.startsWith(`${base}/`)
+  const under = (path: string): string => (below(path, prefix) ? path : prefix + (below(path, plain) ? path.slice(plain.length) : path))
   const reference = (value: string): string => {
     if (value.startsWith('/')) return value.startsWith('//') ? value : under(value)
     const own = `http://${authority}`

@@ -12,6 +12,10 @@ export type Located = {
   readonly target: string
   /** What URI mode took off the path, else ''. */
   readonly prefix: string
+  /** The same without expiry and signature: what the sandbox may know. */
+  readonly plainPrefix: string
+  /** What named the sandbox. */
+  readonly by: 'header' | 'host' | 'path'
   /** How much of the target's beginning looks like expiry and signature. */
   readonly hidden: number
 }
@@ -47,11 +51,11 @@ export class Locator {
     const { mode } = this.#options
     if (mode === 'uri') return this.#byPath(origin)
     const token = head.ingressTo === undefined && head.deprecatedIngressTo === undefined ? '' : firstNonEmpty(head.ingressTo, head.deprecatedIngressTo)
-    if (token !== '') return this.#found(remember(this.#tokens, token, parseHostToken), origin)
+    if (token !== '') return this.#found(remember(this.#tokens, token, parseHostToken), origin, 'header')
     const { host } = head
     if (host === undefined || host === '') return mode === 'auto' ? this.#byPath(origin) : bad("missing header 'Opensandbox-Ingress-To' or 'Host'")
     const named = remember(this.#hosts, host, this.#readHost)
-    if (named !== none) return this.#found(named, origin)
+    if (named !== none) return this.#found(named, origin, 'host')
     return mode === 'auto' ? this.#byPath(origin) : bad(`invalid ingress route: invalid host: ${host}`)
   }
 
@@ -71,10 +75,10 @@ export class Locator {
     return label === '' || label.includes('.') ? none : parseHostToken(label)
   }
 
-  #found(parsed: HostRoute | BadRoute, origin: string): Located | NotLocated {
+  #found(parsed: HostRoute | BadRoute, origin: string, by: 'header' | 'host'): Located | NotLocated {
     if (!parsed.ok) return { ok: false, fault: parsed.fault, detail: parsed.detail, route: null }
     const sandbox = this.#table.get(parsed.route.id)
-    return sandbox === undefined ? missing(parsed.route) : { ok: true, route: parsed.route, sandbox, target: origin, prefix: '', hidden: 0 }
+    return sandbox === undefined ? missing(parsed.route) : { ok: true, route: parsed.route, sandbox, target: origin, prefix: '', plainPrefix: '', by, hidden: 0 }
   }
 
   #byPath(origin: string): Located | NotLocated {
@@ -87,7 +91,9 @@ export class Locator {
     // On an open sandbox, segments that look like a signature belong to its own path.
     const rest = hasToken(sandbox) ? parsed.rest : parsed.legacyRest
     const taken = rest === '/' && !path.endsWith('/') ? path : path.slice(0, path.length - rest.length)
-    return { ok: true, route: parsed.route, sandbox, target: query === -1 ? rest : rest + origin.slice(query), prefix: taken, hidden: rest.length > parsed.rest.length ? rest.length - parsed.rest.length : 0 }
+    const { expires, signature } = parsed.route
+    const signed = expires !== undefined && signature !== undefined && rest === parsed.rest ? expires.length + signature.length + 2 : 0
+    return { ok: true, route: parsed.route, sandbox, target: query === -1 ? rest : rest + origin.slice(query), prefix: taken, plainPrefix: signed === 0 ? taken : taken.slice(0, -signed), by: 'path', hidden: rest.length > parsed.rest.length ? rest.length - parsed.rest.length : 0 }
   }
 }
 

@@ -245,7 +245,7 @@ export class HttpRelay implements Dispatcher.DispatchHandler {
     visit.firstByteAt = this.lastByteAt
     visit.status = status
     const method = visit.request.method
-    const out = responseFields(fields, visit.prefix === '' ? null : prefixRewriter(visit.prefix, this.#upstream.authority), hostName(visit.head.host))
+    const out = responseFields(fields, visit.prefix === '' ? null : prefixRewriter(visit.prefix, visit.plainPrefix, this.#upstream.authority), hostName(visit.head.host))
     // `Trailer` announces what only chunks can carry (RFC 9110 §6.6.2): Node refuses to send it otherwise.
     const length = fields['content-length']
     visit.hasLength = length !== undefined

@@ -24,8 +24,13 @@ export class Visit {
   target = ''
   /** How much of the target's beginning looks like expiry and signature, and stays out of the log. */
   hidden = 0
+  /** Where to send a browser that came in with a token in its query, and the cookie to go with it; '' for all others. */
+  redirect = ''
+  entryCookie = ''
   /** What URI mode took off the path. */
   prefix = ''
+  /** The same without token or signature: what the sandbox may know. */
+  plainPrefix = ''
   locatedAt = 0
   dialledAt = 0
   firstByteAt = 0

@@ -1,9 +1,9 @@
 /** Secured sandboxes: the original's decision table and signed routes, end to end. */
 import t from 'tap'
-import { ask, bodyOf, get, keysText, startGateway, startHttp, statusOf } from './support.ts'
+import { mintAccessToken, parseAccessKeys, signShort, type Minting } from '#policies/access.ts'
+import { wholeSandbox } from '#policies/access-token.ts'
+import { ask, bodyOf, entry, get, keysText, startGateway, startHttp, statusOf } from './support.ts'
 
-// Signatures of id `sec`, port 9100 would need that port: ours are made for whatever port the server got.
-import { parseAccessKeys, signShort } from '#policies/access.ts'
 const parsed = parseAccessKeys(keysText)
 const secret = parsed.ok ? (parsed.keys.get('a') as Uint8Array) : new Uint8Array()
 const future = 'x2qxvk'
@@ -84,4 +84,75 @@ t.test('addresses the gateway does not dial', async (t) => {
   }
   await using named = await startGateway([{ id: 'n', host: 'localhost.localdomain' }], { mode: 'uri', allowLoopbackUpstreams: false, connectTimeout: 3_000 })
   t.equal(statusOf(await ask(named.port, get('/n/80/'))), 502, 'a name that leads to loopback, or nowhere')
+})
+
+t.test('our strong token: header, path segment, query parameter, cookie', async (t) => {
+  await using upstream = await startHttp((request, response) => {
+    if (request.url === '/move') return void response.writeHead(302, { location: `${request.headers['x-forwarded-prefix'] ?? ''}/there` }).end()
+    response.end(JSON.stringify([request.url, request.rawHeaders.join(' ')]))
+  })
+  const { port } = upstream
+  const routes = [{ id: 'sec', secureAccessToken: 'tok', epoch: 3 }, { id: 'open' }]
+  await using gateway = await startGateway(routes, { mode: 'auto', baseDomain: 'gw.test', secureAccessKeys: keysText })
+  const soon = BigInt(Math.floor(Date.now() / 1000) + 600)
+  const mint = (change: Partial<Minting> = {}): string => mintAccessToken({ id: 'sec', port, epoch: 3, scope: wholeSandbox, keyId: 'a', secret, expires: soon, ...change })
+  const token = mint()
+  const host = (request: string): string => request.replace('Host: gateway', `Host: sec-${port}.gw.test`)
+  const accept = `Sallyport-Access: ${token}`
+  const ok: [string, string, string][] = [
+    ['header, by routing header', get('/p', `OpenSandbox-Ingress-To: sec-${port}`, accept), '/p'],
+    ['header, by host', host(get('/p', accept)), '/p'],
+    ['header, URI mode', get(`/sec/${port}/p?q`, accept), '/p?q'],
+    ['segment', get(`/sec/${port}/${token}/p?q`), '/p?q'],
+    ['segment alone', get(`/sec/${port}/${token}`), '/'],
+    ['parameter, URI mode: no cookie, this request only', get(`/sec/${port}/p?a=1&sallyport_access=${token}&b=%2F`), '/p?a=1&b=%2F'],
+    ['parameter, another method', host(get(`/p?sallyport_access=${token}`)).replace('GET', 'DELETE'), '/p'],
+    ['cookie among others', host(get('/p', `Cookie: a=1; __Host-sallyport-access=${token}; b=2`)), '/p'],
+    ['an open sandbox does not see one either', get(`/open/${port}/${token}/p?sallyport_access=${token}`, accept, `Cookie: __Host-sallyport-access=${token}`), '/p'],
+    ['scope', get(`/sec/${port}/${mint({ scope: { methods: ['GET'], pathPrefix: '/api' } })}/api/x`), '/api/x'],
+    ['a newer epoch than the sandbox knows', get(`/sec/${port}/${mint({ epoch: 4 })}/p`), '/p'],
+  ]
+  for (const [name, request, path] of ok) {
+    const answer = await ask(gateway.port, request)
+    t.equal(statusOf(answer), 200, name)
+    const [url, headers] = JSON.parse(bodyOf(answer)) as [string, string]
+    t.equal(url, path, name)
+    t.notMatch(headers, /sp1\.|sallyport/i, `${name}: the sandbox never sees the token`)
+    if (name.startsWith('cookie')) t.match(headers, 'Cookie a=1; b=2')
+  }
+
+  const entered = await ask(gateway.port, host(get(`//evil.test/p?x=1&sallyport_access=${token}`)))
+  t.equal(statusOf(entered), 302, 'a browser is sent on without the token')
+  t.match(entered, /\r\nlocation: \/\.\/\/evil\.test\/p\?x=1\r\n/i, 'and cannot be sent elsewhere')
+  const cookie = /set-cookie: (__Host-sallyport-access=[^;]+); Path=\/; Secure; HttpOnly; SameSite=Lax; Max-Age=(\d+)\r\n/i.exec(entered)
+  t.ok(Number(cookie?.[2]) > 500 && Number(cookie?.[2]) <= 600, 'no longer than the token')
+  t.equal(statusOf(await ask(gateway.port, host(get('/asset.css', `Cookie: ${cookie?.[1]}`)))), 200, 'and what it fetches then follows')
+  t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/asset.css`, `Cookie: ${cookie?.[1]}`))), 401, 'but not in URI mode, where all sandboxes share one origin')
+  t.match(await ask(gateway.port, get(`/sec/${port}/${token}/move`)), `location: /sec/${port}/${token}/there\r\n`, 'a redirect keeps the entry')
+
+  const bad: [string, string, string][] = [
+    ['another sandbox', get(`/sec/${port}/${mint({ id: 'open' })}/`), 'is not valid for this sandbox and port'],
+    ['another port', get(`/sec/${port}/${mint({ port: 1 })}/`), 'is not valid'],
+    ['a changed scope', get(`/sec/${port}/${token.split('.').with(4, mint({ scope: { methods: ['PUT'], pathPrefix: '/' } }).split('.')[4] as string).join('.')}/`), 'is not valid'],
+    ['revoked', get(`/sec/${port}/${mint({ epoch: 2 })}/`), 'was revoked'],
+    ['expired', get(`/sec/${port}/${mint({ expires: 1n })}/`), 'has expired'],
+    ['beyond its scope', get(`/sec/${port}/${mint({ scope: { methods: null, pathPrefix: '/api' } })}/apix`), 'does not cover'],
+    ['out of its scope by dots', get(`/sec/${port}/${mint({ scope: { methods: null, pathPrefix: '/api' } })}/api/..%2fadmin`), 'does not cover'],
+    ['a bad header decides alone', get(`/sec/${port}/${token}/`, 'Sallyport-Access: sp1.nonsense'), 'is malformed'],
+    ['the original header decides before it', get(`/sec/${port}/${token}/`, 'OpenSandbox-Secure-Access: no'), 'secure access header mismatch'],
+  ]
+  for (const [name, request, text] of bad) {
+    const answer = await ask(gateway.port, request)
+    t.equal(statusOf(answer), 401, name)
+    t.ok(bodyOf(answer).includes(text), `${name}: ${bodyOf(answer)}`)
+  }
+  gateway.gateway.table.put(entry({ id: 'sec', secureAccessToken: 'tok', epoch: 4 }))
+  t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/${token}/p`))), 401, 'raising the epoch revokes what was minted before')
+  t.notMatch(gateway.lines.join(''), /sp1\.a/, 'no token in the log')
+
+  await using shared = await startGateway(routes, { mode: 'uri', uriCookies: true, secureAccessKeys: keysText })
+  const redirected = await ask(shared.port, get(`/sec/${port}/p?sallyport_access=${token}`))
+  t.match(redirected, `location: /sec/${port}/p\r\n`)
+  t.match(redirected, `set-cookie: sallyport-access=${token}; Path=/sec/${port}/; HttpOnly; SameSite=Lax`)
+  t.equal(statusOf(await ask(shared.port, get(`/sec/${port}/p`, `Cookie: sallyport-access=${token}`))), 200, 'configured: the cookie counts in URI mode')
 })

@@ -1,0 +1,74 @@
+/**
+ * Our strong access token at the door: where a request may carry it (header, path segment, query parameter, cookie), and how it is
+ * taken off before the sandbox sees the request. What it proves is decided in `policies/access.ts`.
+ */
+import { looksLikeAccessToken, parseAccessToken } from '#policies/access-token.ts'
+import { parseExpiry } from '#policies/route.ts'
+
+export const queryParameter = 'sallyport_access'
+/** On a host of its own: the prefix makes browsers insist on Secure, Path=/ and no Domain (RFC 6265bis §4.1.3.2). */
+export const hostCookie = '__Host-sallyport-access'
+/** On the one origin all sandboxes share in URI mode; off unless configured. */
+export const pathCookie = 'sallyport-access'
+/** Seconds a browser keeps an entry, at most. */
+const longestEntry = 3_600
+
+/** Takes a token that is the first segment of the sandbox's path: `/sp1.…/rest`. @param target raw path and query */
+export function takeSegment(target: string): { readonly token: string; readonly rest: string; readonly length: number } | null {
+  if (!looksLikeAccessToken(target.slice(1, 5))) return null
+  let end = 1
+  while (end < target.length && target[end] !== '/' && target[end] !== '?') end++
+  const token = target.slice(1, end)
+  if (parseAccessToken(token) === null) return null
+  const rest = target.slice(end)
+  return { token, rest: rest.startsWith('/') ? rest : `/${rest}`, length: end }
+}
+
+/** Takes every `sallyport_access` off a query; the other parameters stay byte for byte. The first one counts. */
+export function takeParameter(target: string): { readonly token: string; readonly rest: string } | null {
+  const query = target.indexOf('?')
+  if (query === -1 || !target.includes(`${queryParameter}=`, query)) return null
+  let token: string | undefined
+  const kept = target.slice(query + 1).split('&').filter((part) => {
+    if (!part.startsWith(`${queryParameter}=`)) return true
+    token ??= part.slice(queryParameter.length + 1)
+    return false
+  })
+  if (token === undefined) return null
+  return { token, rest: target.slice(0, query) + (kept.length === 0 ? '' : `?${kept.join('&')}`) }
+}
+
+export type CookieEntry = { readonly host: string; readonly path: string; readonly rest: string }
+
+/** Takes our cookies out of a Cookie header; null when there are none. */
+export function takeCookies(header: string): CookieEntry | null {
+  if (!header.includes('sallyport-access=')) return null
+  let host = ''
+  let path = ''
+  const kept = header.split(';').filter((pair) => {
+    const text = pair.trim()
+    if (text.startsWith(`${hostCookie}=`)) host ||= text.slice(hostCookie.length + 1)
+    else if (text.startsWith(`${pathCookie}=`)) path ||= text.slice(pathCookie.length + 1)
+    else return true
+    return false
+  })
+  return { host, path, rest: kept.join(';').trim() }
+}
+
+/**
+ * The cookie that lets assets, EventSource and WebSocket of a page follow its entry.
+ * @param prefix what URI mode took off the path; '' on a host of the sandbox's own
+ * @param now Unix seconds
+ */
+export function entryCookie(token: string, prefix: string, secure: boolean, now: number): string {
+  const expires = parseExpiry(parseAccessToken(token)?.expires ?? '') ?? 0n
+  const left = expires - BigInt(Math.floor(now))
+  const age = left < 0n ? 0 : left > BigInt(longestEntry) ? longestEntry : Number(left)
+  const common = `HttpOnly; SameSite=Lax; Max-Age=${age}`
+  return prefix === '' ? `${hostCookie}=${token}; Path=/; Secure; ${common}` : `${pathCookie}=${token}; Path=${prefix}/; ${secure ? 'Secure; ' : ''}${common}`
+}
+
+/** A path as a Location on the same host: two leading slashes, or what browsers take for them, would name another one. */
+export function sameHostLocation(target: string): string {
+  return target[1] === '/' || target[1] === '\\' ? `/.${target}` : target
+}
