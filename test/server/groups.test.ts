@@ -145,7 +145,7 @@ t.test('other instances are left alone', async (t) => {
   bench.engine.kept.set('other', { ...kept, spec: { ...kept.spec, labels: { ...kept.spec.labels, 'sallyport.io/instance': 'another', 'opensandbox.io/id': 'x', 'sallyport.io/group': 'y' } } })
   await bench.groups.sweep()
   t.ok(bench.engine.kept.has('other'))
-  t.equal(bench.groups.size, 1)
+  t.equal(bench.groups.list().length, 1)
 })
 
 t.test('expiry', async (t) => {

@@ -1,0 +1,163 @@
+/** What is done with a sandbox in its turn: made, looked at, brought to an end. Every order of steps comes from `plan.ts`. */
+import { labels } from '#policies/wire.ts'
+import { ApiError } from './api-error.ts'
+import { carryOut, type Containers, type Workshop } from './carry-out.ts'
+import type { Config } from './config.ts'
+import type { CreateRequest } from './create-request.ts'
+import { EngineError, type Found } from './docker.ts'
+import { membersOf, type Fact, type HostPorts as Ports } from './group.ts'
+import type { Entry, GroupTable } from './group-table.ts'
+import type { HostPorts } from './host-ports.ts'
+import { groupHash } from './ids.ts'
+import { plan, type Step, type Want } from './plan.ts'
+
+export type WorkDeps = {
+  readonly config: Config
+  readonly instance: string
+  readonly table: GroupTable
+  readonly engine: Containers
+  readonly workshop: Workshop
+  readonly ports: HostPorts
+  readonly now: () => number
+  readonly report: (event: string, id: string, detail: Record<string, unknown>) => void
+}
+
+const portAttempts = 3
+const portTaken = /port is already allocated|ports are not available|address already in use|bind: /
+
+export class GroupWork {
+  readonly #deps: WorkDeps
+
+  constructor(deps: WorkDeps) {
+    this.#deps = deps
+  }
+
+  /** @throws ApiError when it could not be made; then nothing runs of it any more */
+  async make(entry: Entry, request: CreateRequest): Promise<void> {
+    const { table, workshop, now, report } = this.#deps
+    const id = entry.group.record.id
+    const started = now()
+    const progress = (line: string): void => table.set(entry, { progress: line })
+    try {
+      await workshop.prepare(entry.group.record, request, progress, entry.abort.signal)
+      progress('Sandbox container is starting.')
+      await this.#build(entry, request)
+      report('created', id, { milliseconds: now() - started })
+    } catch (error) {
+      const fault = toApiError(error)
+      report('create-failed', id, { code: fault.code, error: fault.message, cause: fault.cause instanceof Error ? fault.cause.message : '' })
+      await this.#undo(entry, fault.code, fault.message)
+      throw fault
+    }
+  }
+
+  /** Host ports for a new sandbox; none when the gateway brings everybody in. */
+  async takePorts(request: CreateRequest): Promise<Ports> {
+    const { config, ports } = this.#deps
+    if (config.ingress.mode !== 'direct') return {}
+    return { http: await ports.take(), ...(request.networkPolicy === null ? {} : { egress: await ports.take() }) }
+  }
+
+  /** Asks Docker about one sandbox and does what the answer calls for. */
+  async look(entry: Entry): Promise<void> {
+    entry.dirty = false
+    if (!this.#deps.table.holds(entry)) return
+    await this.#read(entry)
+    if (entry.group.record.phase === 'creating') await this.#undo(entry, 'CREATE_INTERRUPTED', 'The server stopped while it made this sandbox.')
+    else await this.#run(entry, stepsFor(entry), null)
+  }
+
+  async reach(entry: Entry, want: Want): Promise<void> {
+    await this.#read(entry)
+    await this.#run(entry, plan(want, membersOf(entry.group.record), entry.group.facts), null)
+  }
+
+  /** The containers of a sandbox as they are now. */
+  containers(id: string): Promise<Found[]> {
+    return this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
+  }
+
+  /** In direct mode somebody else may take a host port between our check and Docker's: then with other ports, from the start. */
+  async #build(entry: Entry, request: CreateRequest): Promise<void> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        return await this.#run(entry, plan('built', membersOf(entry.group.record), entry.group.facts), request)
+      } catch (error) {
+        if (attempt === portAttempts || !(error instanceof EngineError) || !portTaken.test(error.message)) throw error
+        await this.reach(entry, 'ended')
+        const old = Object.values(entry.group.record.hostPorts)
+        this.#deps.table.update(entry, { hostPorts: await this.takePorts(request) })
+        this.#deps.ports.release(old)
+      }
+    }
+  }
+
+  /** Nothing of a failed create may be left. The cause stays visible to a client that was told the id. */
+  async #undo(entry: Entry, reason: string, message: string): Promise<void> {
+    if (!entry.group.record.announced || entry.removing) return this.reach(entry, 'gone')
+    await this.reach(entry, 'ended')
+    this.#fail(entry, reason, message)
+  }
+
+  #fail(entry: Entry, reason: string, message: string): void {
+    const { table, now, config } = this.#deps
+    table.update(entry, { phase: 'failed', reason, message, keepUntil: now() + config.failureTtlSeconds * 1000 })
+  }
+
+  async #read(entry: Entry): Promise<void> {
+    const found = await this.containers(entry.group.record.id)
+    if (sameFacts(entry.group.facts, found)) return
+    const first = entry.group.facts.length === 0
+    this.#deps.table.set(entry, { facts: found.map(toFact), record: first ? entry.group.record : { ...entry.group.record, changedAt: this.#deps.now() } })
+  }
+
+  async #run(entry: Entry, steps: readonly Step[], request: CreateRequest | null): Promise<void> {
+    const { table, report } = this.#deps
+    for (const step of steps) {
+      if (request !== null) entry.abort.signal.throwIfAborted()
+      const { record, facts } = entry.group
+      switch (step.do) {
+        case 'settle':
+          table.update(entry, { phase: 'ready', announced: true })
+          break
+        case 'fail':
+          this.#fail(entry, step.reason, step.message)
+          report('ended', record.id, { reason: step.reason })
+          break
+        case 'forget':
+          table.forget(entry)
+          report('gone', record.id, {})
+          break
+        default: {
+          const now = await carryOut(step, { record, request, facts, signal: entry.abort.signal }, this.#deps)
+          // While it is made readers see Pending, so nobody need be told until it settles.
+          if (request === null) table.set(entry, { facts: now })
+          else entry.group = { ...entry.group, facts: now }
+        }
+      }
+    }
+  }
+}
+
+/** What a sandbox that is not being made calls for. */
+export function stepsFor(entry: Entry): Step[] {
+  const { record, facts } = entry.group
+  return plan(record.phase === 'failed' ? 'ended' : 'kept', membersOf(record), facts)
+}
+
+export function toFact(found: Found): Fact {
+  const { containerId, member, state, exitCode, address } = found
+  return { containerId, member, state, exitCode, address }
+}
+
+export function sameFacts(known: readonly Fact[], found: readonly Fact[]): boolean {
+  if (known.length !== found.length) return false
+  return known.every((fact) => found.some((other) => other.containerId === fact.containerId && other.state === fact.state && other.address === fact.address))
+}
+
+function toApiError(error: unknown): ApiError {
+  if (error instanceof ApiError) return error
+  // The engine's 400 is about limits and names a client chose; anything else may name what is not the client's.
+  if (error instanceof EngineError && error.status === 400) return new ApiError('SANDBOX::INVALID_PARAMETER', `The engine refuses this container: ${error.message.slice(0, 300)}`, { cause: error })
+  return new ApiError('DOCKER::SANDBOX_START_FAILED', 'The sandbox could not be started.', { cause: error })
+}
