@@ -4,94 +4,127 @@
  */
 import ipaddr from 'ipaddr.js'
 
-/** An address as a number: 32 bits for family 4, 128 for family 6. */
-type Bits = { readonly family: 4 | 6; readonly value: bigint }
-export type Network = { readonly family: 4 | 6; readonly value: bigint; readonly prefix: number }
+/** An address read once and asked about often: 32 bits as a number, 128 as a bigint. `mapped`: it was IPv4 written inside IPv6. */
+export type Address =
+  | { readonly family: 4; readonly value: number; readonly mapped: boolean }
+  | { readonly family: 6; readonly value: bigint; readonly mapped: false }
+/** Host bits are zero. */
+export type Network =
+  | { readonly family: 4; readonly value: number; readonly prefix: number }
+  | { readonly family: 6; readonly value: bigint; readonly prefix: number }
 
-const width = { 4: 32, 6: 128 } as const
-
-/** Strict: four decimal parts without leading zeros, or RFC 4291 text without a zone. */
-function readBits(text: string): Bits | null {
-  if (ipaddr.IPv4.isValidFourPartDecimal(text)) return { family: 4, value: toBigInt(ipaddr.IPv4.parse(text).toByteArray()) }
-  if (text.includes(':') && !text.includes('%') && ipaddr.IPv6.isValid(text)) return { family: 6, value: toBigInt(ipaddr.IPv6.parse(text).toByteArray()) }
-  return null
-}
-
-function toBigInt(bytes: readonly number[]): bigint {
-  let value = 0n
-  for (const byte of bytes) value = (value << 8n) | BigInt(byte)
-  return value
-}
-
+/** The 96 bits before an IPv4 address inside IPv6 (RFC 4291 2.5.5.2). */
 const mappedPrefix = 0xffffn
 
-function unmap(bits: Bits): Bits {
-  return bits.family === 6 && bits.value >> 32n === mappedPrefix ? { family: 4, value: bits.value & 0xffffffffn } : bits
+/** Strict: four decimal parts without leading zeros, or RFC 4291 text without a zone. Null for anything else. */
+export function readAddress(text: string): Address | null {
+  const four = readFour(text)
+  if (four !== -1) return { family: 4, value: four, mapped: false }
+  if (!text.includes(':') || text.includes('%') || !ipaddr.IPv6.isValid(text)) return null
+  let six = 0n
+  for (const part of ipaddr.IPv6.parse(text).parts) six = (six << 16n) | BigInt(part)
+  return six >> 32n === mappedPrefix ? { family: 4, value: Number(six & 0xffffffffn), mapped: true } : { family: 6, value: six, mapped: false }
 }
 
-function mask(value: bigint, prefix: number, family: 4 | 6): bigint {
-  const drop = BigInt(width[family] - prefix)
-  return (value >> drop) << drop
-}
-
-function formatBits(bits: Bits): string {
-  const bytes: number[] = []
-  for (let shift = width[bits.family] - 8; shift >= 0; shift -= 8) bytes.push(Number((bits.value >> BigInt(shift)) & 0xffn))
-  // RFC 5952 writes an IPv6 address; a plain IPv4 one is four decimal parts.
-  return bits.family === 4 ? bytes.join('.') : new ipaddr.IPv6(bytes).toRFC5952String()
+/** Hot: every IPv4 address of every DNS answer and every peer comes through here. -1 when the text is not one. */
+function readFour(text: string): number {
+  let value = 0
+  let part = -1
+  let dots = 0
+  for (let i = 0; i < text.length; i++) {
+    const code = text.charCodeAt(i)
+    if (code === 0x2e) {
+      if (part === -1 || ++dots > 3) return -1
+      value = value * 256 + part
+      part = -1
+    } else {
+      // A part that is 0 so far takes no more digits: leading zeros read as octal elsewhere.
+      if (code < 0x30 || code > 0x39 || part === 0) return -1
+      part = (part === -1 ? 0 : part * 10) + code - 0x30
+      if (part > 255) return -1
+    }
+  }
+  return dots === 3 && part !== -1 ? value * 256 + part : -1
 }
 
 /** The one spelling of an address (RFC 5952 for IPv6, IPv4 for v4-mapped), or null when the text is not an address. */
 export function canonicalAddress(text: string): string | null {
-  const bits = readBits(text)
-  return bits === null ? null : formatBits(unmap(bits))
+  const address = readAddress(text)
+  if (address === null) return null
+  return address.family === 4 && !address.mapped ? text : format(address)
+}
+
+function format(address: Address | Network): string {
+  const { family, value } = address
+  if (family === 4) return `${value >>> 24}.${(value >>> 16) & 255}.${(value >>> 8) & 255}.${value & 255}`
+  const parts: number[] = []
+  for (let shift = 112n; shift >= 0n; shift -= 16n) parts.push(Number((value >> shift) & 0xffffn))
+  return new ipaddr.IPv6(parts).toRFC5952String()
+}
+
+function mask4(value: number, prefix: number): number {
+  return prefix === 0 ? 0 : (value & (-1 << (32 - prefix))) >>> 0
+}
+
+function mask6(value: bigint, prefix: number): bigint {
+  const drop = BigInt(128 - prefix)
+  return (value >> drop) << drop
 }
 
 /** Reads `10.0.0.0/8`, `fd00::/8` or a single address. Host bits are masked away; a network inside ::ffff:0:0/96 is its IPv4 one. */
 export function readNetwork(text: string): Network | null {
   const slash = text.indexOf('/')
-  const bits = readBits(slash === -1 ? text : text.slice(0, slash))
-  if (bits === null) return null
-  let prefix: number = width[bits.family]
+  const address = readAddress(slash === -1 ? text : text.slice(0, slash))
+  if (address === null) return null
+  const widest = address.family === 6 || address.mapped ? 128 : 32
+  let prefix = widest
   if (slash !== -1) {
     const digits = text.slice(slash + 1)
-    if (!/^(0|[1-9]\d{0,2})$/.test(digits) || Number(digits) > prefix) return null
+    if (!/^(0|[1-9]\d{0,2})$/.test(digits) || Number(digits) > widest) return null
     prefix = Number(digits)
   }
-  if (prefix >= 96 && unmap(bits) !== bits) return { family: 4, value: mask(unmap(bits).value, prefix - 96, 4), prefix: prefix - 96 }
-  return { family: bits.family, value: mask(bits.value, prefix, bits.family), prefix }
+  if (address.family === 6) return { family: 6, value: mask6(address.value, prefix), prefix }
+  if (!address.mapped) return { family: 4, value: mask4(address.value, prefix), prefix }
+  if (prefix >= 96) return { family: 4, value: mask4(address.value, prefix - 96), prefix: prefix - 96 }
+  return { family: 6, value: mask6((mappedPrefix << 32n) | BigInt(address.value), prefix), prefix }
 }
 
 /** Canonical text of a network; a network of one address is written without its prefix. */
 export function formatNetwork(network: Network): string {
-  const address = formatBits(network)
-  return network.prefix === width[network.family] ? address : `${address}/${network.prefix}`
+  const address = format(network)
+  return network.prefix === (network.family === 4 ? 32 : 128) ? address : `${address}/${network.prefix}`
 }
 
 /** Networks, each with a value; the lookup finds the lowest value of those that cover an address. */
 export class NetworkTable {
   // Per prefix length one map: a lookup costs as many steps as there are different lengths, not rules.
-  readonly #levels = { 4: new Map<number, Map<bigint, number>>(), 6: new Map<number, Map<bigint, number>>() }
+  readonly #four = new Map<number, Map<number, number>>()
+  readonly #six = new Map<number, Map<bigint, number>>()
 
   add(network: Network, value: number): void {
-    const levels = this.#levels[network.family]
-    let level = levels.get(network.prefix)
-    if (level === undefined) levels.set(network.prefix, (level = new Map()))
-    if (value < (level.get(network.value) ?? Infinity)) level.set(network.value, value)
+    if (network.family === 4) put(this.#four, network.prefix, network.value, value)
+    else put(this.#six, network.prefix, network.value, value)
   }
 
   /** Lowest value of the networks covering `address`. Text that is no address is covered by nothing. */
-  find(address: string): number | undefined {
-    const read = readBits(address)
+  find(address: string | Address): number | undefined {
+    const read = typeof address === 'string' ? readAddress(address) : address
     if (read === null) return undefined
-    const bits = unmap(read)
     let best: number | undefined
-    for (const [prefix, level] of this.#levels[bits.family]) {
-      const value = level.get(mask(bits.value, prefix, bits.family))
-      if (value !== undefined && (best === undefined || value < best)) best = value
-    }
+    if (read.family === 4) for (const [prefix, level] of this.#four) best = lower(best, level.get(mask4(read.value, prefix)))
+    else for (const [prefix, level] of this.#six) best = lower(best, level.get(mask6(read.value, prefix)))
     return best
   }
+}
+
+function put<K>(levels: Map<number, Map<K, number>>, prefix: number, key: K, value: number): void {
+  let level = levels.get(prefix)
+  if (level === undefined) levels.set(prefix, (level = new Map()))
+  level.set(key, Math.min(value, level.get(key) ?? Infinity))
+}
+
+function lower(a: number | undefined, b: number | undefined): number | undefined {
+  return a === undefined || (b !== undefined && b < a) ? b : a
 }
 
 /**
@@ -108,7 +141,7 @@ const specialUse = new NetworkTable()
 for (const text of specialUseNetworks) specialUse.add(readNetwork(text) as Network, 0)
 
 /** Is it one of the special-use addresses above, or v4-mapped, or no address at all? */
-export function isSpecialUse(address: string): boolean {
-  const bits = readBits(address)
-  return bits === null || unmap(bits) !== bits || specialUse.find(address) !== undefined
+export function isSpecialUse(address: string | Address): boolean {
+  const read = typeof address === 'string' ? readAddress(address) : address
+  return read === null || read.mapped || specialUse.find(read) !== undefined
 }

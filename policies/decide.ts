@@ -1,5 +1,5 @@
 /** Rules and a place to a verdict. Hot: no parsing of rules, no regular expression, cost by labels and prefix lengths, not by rules. */
-import { canonicalAddress, isSpecialUse } from './address.ts'
+import { isSpecialUse, readAddress, type Address } from './address.ts'
 import type { CompiledRule, Rules } from './compile.ts'
 import type { Verdict } from './verdict.ts'
 
@@ -19,30 +19,35 @@ export function decideName(rules: Rules, name: string | null): Verdict {
 }
 
 /** May this address be reached directly? The floor and every deny rule win, then allow rules, then the default. */
-export function decideAddress(rules: Rules, address: string): Verdict {
-  const denial = deniedAddress(rules, address)
-  if (denial !== null) return denial
-  const allow = rules.allowTable.find(address)
-  return allow === undefined ? byDefault(rules) : byRule({ action: 'allow', index: allow })
+export function decideAddress(rules: Rules, text: string): Verdict {
+  const address = readAddress(text)
+  if (address === null) return malformed
+  return deniedAddress(rules, address) ?? allowedAddress(rules, address) ?? byDefault(rules)
 }
 
 /**
  * May an address that came back for an allowed name be opened? Floor and deny rules refuse it; a special-use address (rebinding)
  * needs an allow rule that covers it.
  */
-export function decideLearned(rules: Rules, address: string): Verdict {
-  const denial = deniedAddress(rules, address)
-  if (denial !== null) return denial
-  const allow = rules.allowTable.find(address)
-  if (allow !== undefined) return byRule({ action: 'allow', index: allow })
+export function decideLearned(rules: Rules, text: string): Verdict {
+  const address = readAddress(text)
+  if (address === null) return malformed
+  const ruled = deniedAddress(rules, address) ?? allowedAddress(rules, address)
+  if (ruled !== null) return ruled
   return isSpecialUse(address) ? { action: 'deny', reason: 'special-use-address' } : { action: 'allow', reason: 'name-was-allowed' }
 }
 
-function deniedAddress(rules: Rules, address: string): Verdict | null {
-  if (canonicalAddress(address) === null) return { action: 'deny', reason: 'malformed-address' }
+const malformed: Verdict = { action: 'deny', reason: 'malformed-address' }
+
+function deniedAddress(rules: Rules, address: Address): Verdict | null {
   if (rules.floorTable.find(address) !== undefined) return { action: 'deny', reason: 'floor' }
-  const deny = rules.denyTable.find(address)
-  return deny === undefined ? null : byRule({ action: 'deny', index: deny })
+  const index = rules.denyTable.find(address)
+  return index === undefined ? null : byRule({ action: 'deny', index })
+}
+
+function allowedAddress(rules: Rules, address: Address): Verdict | null {
+  const index = rules.allowTable.find(address)
+  return index === undefined ? null : byRule({ action: 'allow', index })
 }
 
 function byDefault(rules: Rules): Verdict {

@@ -1,6 +1,6 @@
 /** The networkPolicy document and what follows from it: each row a document, a place, the verdict and its reason. */
 import t from 'tap'
-import { isSpecialUse, NetworkTable } from '#policies/address.ts'
+import { canonicalAddress, isSpecialUse, NetworkTable } from '#policies/address.ts'
 import { compilePolicy, type Layers } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
 import { readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
@@ -57,9 +57,9 @@ t.test('targets', async (t) => {
     ['bücher.example', 'name', 'xn--bcher-kva.example'], ['*.BÜCHER.example', 'wildcard', 'xn--bcher-kva.example'],
     ['1.2.3.4', 'address', '1.2.3.4'], ['1.2.3.4/32', 'address', '1.2.3.4'], ['10.1.2.3/8', 'network', '10.0.0.0/8'], ['0.0.0.0/0', 'network', '0.0.0.0/0'], ['255.255.255.255', 'address', '255.255.255.255'],
     ['2001:DB8:0:0::1', 'address', '2001:db8::1'], ['fd00::/8', 'network', 'fd00::/8'], ['::/0', 'network', '::/0'],
-    ['::ffff:1.2.3.4', 'address', '1.2.3.4'], ['::ffff:10.0.0.0/104', 'network', '10.0.0.0/8'], ['::ffff:0:0/96', 'network', '0.0.0.0/0'],
+    ['::ffff:1.2.3.4', 'address', '1.2.3.4'], ['::ffff:10.0.0.0/104', 'network', '10.0.0.0/8'], ['::ffff:0:0/96', 'network', '0.0.0.0/0'], ['::ffff:1.2.3.4/95', 'network', '::fffe:0:0/95'], ['::ffff:1.2.3.4/129', 'refused'],
     ['', 'refused'], ['  ', 'refused'], ['*', 'refused'], ['*example.com', 'refused'], ['a.*.com', 'refused'], ['*.', 'refused'], ['.', 'refused'], ['http://x/', 'refused'], ['x/y', 'refused'],
-    ['1.2.3.4:443', 'refused'], ['example.com:443', 'refused'], ['10.0.0.0/33', 'refused'], ['300.1.1.1', 'refused'], ['010.0.0.1', 'refused'], ['1.2.3', 'refused'], ['10.0.0.0/08', 'refused'], ['10.0.0.0/', 'refused'],
+    ['1.2.3.4:443', 'refused'], ['example.com:443', 'refused'], ['10.0.0.0/33', 'refused'], ['300.1.1.1', 'refused'], ['010.0.0.1', 'refused'], ['1.2.3', 'refused'], ['1.2.3.4.5', 'refused'], ['1..2.3', 'refused'], ['1.2.3.', 'refused'], ['1.2.3.256', 'refused'], ['1.2.3.00', 'refused'], ['255.255.255.256/1', 'refused'], ['10.0.0.0/08', 'refused'], ['10.0.0.0/', 'refused'],
     ['fe80::1%eth0', 'refused'], ['::1/129', 'refused'], ['a..b', 'refused'], ['a b', 'refused'], ['a\u0000b', 'refused'], ['a%2eb', 'refused'], ['１.２.３.４', 'refused'], ['[::1]', 'refused'],
     [`${'a'.repeat(64)}.com`, 'refused'], [`${'a.'.repeat(127)}com`, 'refused'], ['é'.repeat(100), 'refused'], ['xn--é', 'refused'],
   ]
@@ -68,6 +68,14 @@ t.test('targets', async (t) => {
     t.equal('problem' in target ? 'refused' : target.kind, kind, JSON.stringify(text))
     if (!('problem' in target)) t.equal(target.value, value)
   }
+})
+
+t.test('one spelling of an address', async (t) => {
+  const rows: [text: string, wanted: string | null][] = [
+    ['1.2.3.4', '1.2.3.4'], ['0.0.0.0', '0.0.0.0'], ['255.255.255.255', '255.255.255.255'], ['::FFFF:1.2.3.4', '1.2.3.4'], ['::ffff:102:304', '1.2.3.4'],
+    ['2001:DB8:0:0:0:0:0:1', '2001:db8::1'], ['::', '::'], ['01.2.3.4', null], ['1.2.3', null], ['', null], ['fe80::1%eth0', null], ['1.2.3.4/32', null], ['example.com', null], ['::ffff:1.2.3.400', null],
+  ]
+  for (const [text, wanted] of rows) t.equal(canonicalAddress(text), wanted, text)
 })
 
 t.test('names', async (t) => {
