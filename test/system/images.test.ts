@@ -1,0 +1,61 @@
+/** The images hold what their users rely on, and nothing an attacker would like to find in the sidecar. */
+import { execa } from 'execa'
+import t from 'tap'
+import { needs } from '#test/support/abilities.ts'
+import { docker } from '#test/support/containers.ts'
+import { ownerLabel } from '#test/support/leftovers.ts'
+import { root } from '#test/support/program.ts'
+
+await needs('root', 'docker')
+t.setTimeout(120_000)
+
+/** Runs Node in an image with no network and the capabilities of a sidecar; what it prints is JSON. */
+async function look(image: string, program: string): Promise<unknown> {
+  const container = await docker.createContainer({
+    Image: image,
+    Entrypoint: ['/usr/bin/node', '-e', program],
+    Labels: { [ownerLabel]: String(process.pid) },
+    HostConfig: { NetworkMode: 'none', CapDrop: ['ALL'], CapAdd: ['NET_ADMIN'], ReadonlyRootfs: true, SecurityOpt: ['no-new-privileges'] },
+  })
+  try {
+    await container.start()
+    const { StatusCode } = (await container.wait()) as { StatusCode: number }
+    // Docker puts 8 bytes before each piece of output.
+    const output = (await container.logs({ stdout: true, stderr: true })).toString('utf8')
+    if (StatusCode !== 0) throw new Error(output)
+    return JSON.parse(output.slice(output.search(/[[{]/)))
+  } finally {
+    await container.remove({ force: true })
+  }
+}
+
+t.test('a second build finds everything there, within 3 s', async (t) => {
+  const build = () => execa(process.execPath, ['deploy/images.ts', 'sandbox', 'egress'], { cwd: root })
+  await build()
+  const started = performance.now()
+  const { stdout } = await build()
+  t.strictSame(stdout.split('\n'), ['sandbox', 'egress'].map((name) => `image sallyport/${name}:local ok, already there`))
+  t.ok(performance.now() - started < 3000)
+})
+
+t.test('sidecar: node is process 1, nft and iptables work with NET_ADMIN alone, no shell', async (t) => {
+  const { Config } = await docker.getImage('sallyport/egress:local').inspect()
+  t.strictSame(Config.Entrypoint, ['/usr/bin/node', '/opt/sallyport/egress.mjs'])
+  t.notOk(Config.User, 'its user is root, which without capabilities owns its files and no more')
+  const found = await look('sallyport/egress:local', `
+    const { execFileSync } = require('node:child_process'), { existsSync } = require('node:fs')
+    const run = (...args) => execFileSync(args[0], args.slice(1)).toString().trim()
+    run('nft', 'add table inet trial')
+    run('iptables', '-t', 'mangle', '-A', 'OUTPUT', '-m', 'cgroup', '--path', '/', '-j', 'MARK', '--set-mark', '1')
+    console.log(JSON.stringify({ node: process.version, tables: run('nft', 'list tables').split('\\n').sort(), shells: ['/bin/sh', '/bin/bash', '/usr/bin/busybox', '/usr/bin/perl', '/usr/bin/python3'].filter(existsSync) }))`)
+  t.strictSame(found, { node: process.version, tables: ['table inet trial', 'table ip mangle'], shells: [] })
+})
+
+t.test('sandbox: sh, python3, curl with certificates, node, the application', async (t) => {
+  const found = await look('sallyport/sandbox:local', `
+    const { execFileSync } = require('node:child_process'), { existsSync, readFileSync } = require('node:fs')
+    const run = (...args) => execFileSync(args[0], args.slice(1)).toString().trim()
+    console.log(JSON.stringify({ sh: run('sh', '-c', 'echo shell'), python: run('python3', '-c', 'import ssl, socket, http.server; print("python")'), curl: run('curl', '--version').slice(0, 4),
+      certificates: readFileSync('/etc/ssl/certs/ca-certificates.crt', 'utf8').split('BEGIN CERTIFICATE').length > 100, application: existsSync('/opt/sallyport/app.mjs'), root: run('id', '-un') }))`)
+  t.strictSame(found, { sh: 'shell', python: 'python', curl: 'curl', certificates: true, application: true, root: 'root' })
+})
