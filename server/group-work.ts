@@ -55,7 +55,11 @@ export class GroupWork {
   async takePorts(request: CreateRequest): Promise<Ports> {
     const { config, ports } = this.#deps
     if (config.ingress.mode !== 'direct') return {}
-    return { http: await ports.take(), ...(request.networkPolicy === null ? {} : { egress: await ports.take() }) }
+    return {
+      http: await ports.take(),
+      ...(config.runtime.execd_image === undefined ? {} : { execd: await ports.take() }),
+      ...(request.networkPolicy === null ? {} : { egress: await ports.take() }),
+    }
   }
 
   /** Asks Docker about one sandbox and does what the answer calls for. */
