@@ -175,6 +175,7 @@ function contradictions(config: GatewayConfig): Problem[] {
   const keys = parseAccessKeys(config.secureAccessKeys, '--secure-access-keys')
   if (!keys.ok) problems.push(...keys.problems)
   if (config.workers > 1 && config.port === 0) problems.push({ path: '--port', reason: 'must be given when there is more than one worker' })
+  if (config.workers > 1 && config.adminPort !== -1) problems.push({ path: '--admin-port', reason: 'belongs to one process: it cannot be used with more than one worker' })
   return problems
 }
 

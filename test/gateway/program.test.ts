@@ -1,0 +1,119 @@
+/** The program as a user starts it: flags, exit codes, reloads, signals, workers. */
+import { spawn, type ChildProcess } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import t from 'tap'
+import { parseAccessKeys, signShort } from '#policies/access.ts'
+import { ask, bodyOf, eventually, get, startHttp, startRaw, statusOf } from './support.ts'
+
+const main = new URL('../../gateway/main.ts', import.meta.url).pathname
+const folder = mkdtempSync(join(tmpdir(), 'gateway-program-'))
+t.teardown(() => rmSync(folder, { recursive: true }))
+
+type Program = AsyncDisposable & { child: ChildProcess; output: () => string; code: Promise<number | null> }
+
+function start(...argv: string[]): Program {
+  const child = spawn(process.execPath, [main, ...argv], { stdio: ['ignore', 'pipe', 'pipe'], env: { PATH: process.env['PATH'] } })
+  let output = ''
+  child.stdout.on('data', (chunk: Buffer) => (output += chunk.toString()))
+  child.stderr.on('data', (chunk: Buffer) => (output += chunk.toString()))
+  const code = once(child, 'exit').then(([status]) => status as number | null)
+  return {
+    child,
+    output: () => output,
+    code,
+    async [Symbol.asyncDispose]() {
+      child.kill('SIGKILL')
+      await code
+    },
+  }
+}
+
+async function listening(program: Program): Promise<number> {
+  await eventually(() => /"msg":"listening"/.test(program.output()) || program.child.exitCode !== null, `listening: ${program.output()}`, 15_000)
+  const line = program.output().split('\n').find((text) => text.includes('"msg":"listening"'))
+  if (line === undefined) throw new Error(program.output())
+  return (JSON.parse(line) as { port: number }).port
+}
+
+function routesFile(name: string, sandboxes: unknown[]): string {
+  const path = join(folder, name)
+  writeFileSync(path, JSON.stringify({ sandboxes }))
+  return path
+}
+
+t.test('a wrong configuration: every problem, exit 64, no port', async (t) => {
+  await using program = start('--port', '70000', '--mode', 'nonsense', '--nope', '--provider', 'static')
+  t.equal(await program.code, 64)
+  for (const part of ['--port', '--mode', '--nope']) t.match(program.output(), part)
+  await using broken = start('--port', '0', '--provider', 'static', '--routes', routesFile('broken.json', [{ id: 'a' }, { id: 'a', host: 'h' }]))
+  t.equal(await broken.code, 64)
+  t.match(broken.output(), 'sandboxes[0].host')
+  await using keyless = start('--port', '0', '--provider', 'static', '--routes', routesFile('empty.json', []), '--secure-access-keys-file', join(folder, 'missing'))
+  t.equal(await keyless.code, 64)
+  t.notMatch(keyless.output(), 'listening')
+})
+
+t.test("the original's arguments start it, a file reload changes routes and keys, SIGTERM ends it", async (t) => {
+  await using upstream = await startHttp((request, response) => response.end(`app ${request.url}`))
+  const routes = routesFile('routes.json', [{ id: 'a', host: '127.0.0.1' }])
+  const keys = join(folder, 'keys')
+  writeFileSync(keys, 'a=c2VjcmV0LWE=\n')
+  await using program = start('--namespace=opensandbox', '--port=0', '--provider-type=batchsandbox', '--mode=header', '--log-level=info', '--provider=static', `--routes=${routes}`, '--allow-loopback-upstreams', `--secure-access-keys-file=${keys}`)
+  const port = await listening(program)
+  t.equal(bodyOf(await ask(port, get('/x', `OpenSandbox-Ingress-To: a-${upstream.port}`))), 'app /x')
+  routesFile('routes.json', [{ id: 'b', host: '127.0.0.1', secureAccessToken: 'tok' }])
+  let status = 200
+  const until = Date.now() + 5_000
+  while (status !== 404 && Date.now() < until) status = statusOf(await ask(port, get('/x', `OpenSandbox-Ingress-To: a-${upstream.port}`)))
+  t.equal(status, 404, 'the removed sandbox is gone')
+  writeFileSync(keys, 'a=c2VjcmV0LWE=\nb=c2VjcmV0LWI=\n')
+  const parsed = parseAccessKeys('b=c2VjcmV0LWI=')
+  const signature = signShort('b', parsed.ok ? (parsed.keys.get('b') as Uint8Array) : new Uint8Array(), 'b', upstream.port, 'x2qxvk')
+  while (status !== 200 && Date.now() < until + 5_000) {
+    status = statusOf(await ask(port, get('/x', `OpenSandbox-Ingress-To: b-${upstream.port}-x2qxvk-${signature}`)))
+    if (status !== 200) await new Promise((resolve) => setTimeout(resolve, 300))
+  }
+  t.equal(status, 200, 'the new key is known')
+  program.child.kill('SIGTERM')
+  t.equal(await program.code, 0)
+  const lines = program.output().trim().split('\n').map((line) => JSON.parse(line) as { msg: string; path?: string; sandbox_id?: string })
+  t.match(lines.at(-1), { msg: 'closed' })
+  t.ok(lines.some((line) => line.msg === 'request' && line.sandbox_id === 'a' && line.path === '/x'), 'access lines are flushed')
+  t.notMatch(program.output(), signature)
+})
+
+t.test('metrics on a listener of their own, access lines in a file', async (t) => {
+  const reserved = await startRaw(() => undefined)
+  const adminPort = reserved.port
+  await reserved[Symbol.asyncDispose]()
+  const log = join(folder, 'logs', 'access.log')
+  await using program = start('--port=0', '--provider=static', `--routes=${routesFile('none.json', [])}`, `--admin-port=${adminPort}`, `--access-log=${log}`)
+  const port = await listening(program)
+  await ask(port, get('/nobody-80', 'OpenSandbox-Ingress-To: nobody-80'))
+  const metrics = await fetch(`http://127.0.0.1:${adminPort}/metrics`)
+  t.match(await metrics.text(), /ingress_http_request_count\{method="GET",status_code="404",proxy_type="http"\} 1/)
+  t.equal((await fetch(`http://127.0.0.1:${adminPort}/`)).status, 404)
+  program.child.kill('SIGTERM')
+  t.equal(await program.code, 0)
+  const { readFileSync } = await import('node:fs')
+  t.match(readFileSync(log, 'utf8'), /"code":"EDGE_NO_ROUTE"/)
+})
+
+t.test('two workers share the port; one that dies is replaced', async (t) => {
+  const reserved = await startRaw(() => undefined)
+  const { port } = reserved
+  await reserved[Symbol.asyncDispose]()
+  await using program = start(`--port=${port}`, '--workers=2', '--provider=static', `--routes=${routesFile('none2.json', [])}`)
+  const pids = (): number[] => program.output().split('\n').filter((line) => line.includes('"msg":"listening"')).map((line) => (JSON.parse(line) as { pid: number }).pid)
+  await eventually(() => pids().length === 2, 'both', 15_000)
+  for (let i = 0; i < 20; i++) t.equal(statusOf(await ask(port, get('/status.ok'))), 200)
+  process.kill(pids()[0] as number, 'SIGKILL')
+  await eventually(() => pids().length === 3, 'a new worker', 15_000)
+  t.equal(statusOf(await ask(port, get('/status.ok'))), 200)
+  program.child.kill('SIGTERM')
+  t.equal(await program.code, 0)
+  t.equal(await ask(port, get('/status.ok')), '', 'nobody listens any more')
+})
