@@ -23,7 +23,8 @@ export type GatewayMode = 'wildcard' | 'uri' | 'header' | 'auto'
 export type NetworkPolicyBody = { readonly defaultAction?: string; readonly egress?: readonly { readonly action: string; readonly target: string }[] }
 
 export type StackOptions = {
-  readonly internet: Internet
+  /** Where sandboxes are let out to: the tests' internet, or a fence. */
+  readonly internet: Pick<Internet, 'dns' | 'fence'>
   /** Gateways to start; the first is the one endpoints name. Default: none. */
   readonly gateways?: readonly GatewayMode[]
   /** Ports to take when they are free, for people who type them. Default: any. */
@@ -104,7 +105,7 @@ async function listens(host: string, port: number): Promise<true | undefined> {
 }
 
 type Names = { readonly instance: string; readonly network: string; readonly bridge: string }
-type ConfigParts = { folder: string; names: Names; secrets: { apiKey: string; routeToken: string }; internet: Internet; port: number; gateway: Record<string, unknown> | undefined }
+type ConfigParts = { folder: string; names: Names; secrets: { apiKey: string; routeToken: string }; internet: StackOptions['internet']; port: number; gateway: Record<string, unknown> | undefined }
 type Tables = Record<string, Record<string, unknown>>
 
 function serverConfig({ folder, names, secrets, internet, port, gateway }: ConfigParts): Tables {

@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 WAIT = 1.5
 
@@ -211,6 +212,18 @@ def labels_at(message, offset):
         parts.append(message[offset + 1 : offset + 1 + message[offset]].decode())
         offset += 1 + message[offset]
     return end or offset + 1, ".".join(parts)
+
+
+def beacon(*hosts):
+    """One datagram to each place every 20 ms, for as long as the container lives."""
+    while True:
+        for host in hosts:
+            try:
+                with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+                    s.sendto(b"knock", (host, 4444))
+            except OSError:
+                pass
+        time.sleep(0.02)
 
 
 def together(*tries):

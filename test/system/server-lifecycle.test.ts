@@ -175,6 +175,17 @@ t.test('bad requests create nothing', { timeout: 60_000 }, async (t) => {
   t.match(await ready.body.json(), { status: 'ready', checks: { isolation: 'isolated', host_guard: 'ok' } })
 })
 
+t.test('the policy of a running sandbox', { timeout: 60_000 }, async (t) => {
+  await using stack = await startStack({ internet: nowhere })
+  const sandbox = await stack.create({ networkPolicy: { egress: [{ action: 'allow', target: 'a.example' }] }, entrypoint: ['sleep', '3600'] })
+  const path = `/v1/sandboxes/${sandbox.id}/network-policy`
+  t.match((await stack.api.call('GET', path)).body, { enforcementMode: 'dns+nft', policy: { defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }] } })
+  t.match(await stack.api.call('PATCH', path, [{ action: 'deny', target: 'b.example' }]), { status: 200, body: { policy: { egress: [{ action: 'deny', target: 'b.example' }, { action: 'allow', target: 'a.example' }] } } })
+  await docker.getContainer(sandbox.sidecar!).pause()
+  await docker.getContainer(sandbox.sidecar!).unpause()
+  t.equal((await stack.api.get(sandbox.id))?.status.state, 'Running', 'a sidecar that was held for a moment is still the same')
+})
+
 t.test('labels', { timeout: 60_000 }, async (t) => {
   await using stack = await startStack({ internet: nowhere })
   const sandbox = await stack.create({ ...policy, metadata: { team: 'x' } })
