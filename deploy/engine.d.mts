@@ -4,4 +4,4 @@ export function engineAddress(dockerHost: string | undefined): EngineAddress
 export function answers(address: EngineAddress): Promise<boolean>
 export function findProgram(name: string): string | undefined
 /** @throws Unavailable (an Error) saying what the machine lacks and what to do */
-export function ensureEngine(options: { dockerHost: string | undefined; logFile: string; install: (packages: string[]) => void; say: (text: string) => void }): Promise<void>
+export function ensureEngine(options: { dockerHost: string | undefined; logFile: string; say: (text: string) => void }): Promise<void>

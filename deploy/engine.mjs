@@ -16,18 +16,24 @@ const systemDirectories = ['/usr/local/sbin', '/usr/local/bin', '/usr/sbin', '/u
 /** dockerd refuses to start while a live process has the number in its pid file, whatever that process is by now. */
 const pidFiles = { '/var/run/docker.pid': 'dockerd', '/var/run/docker/containerd/containerd.pid': 'containerd' }
 
+/** Whether an engine would have to be started on this machine and its program is missing. Where we may not ask, one is there. */
+export async function lacksEngine(dockerHost) {
+  const address = engineAddress(dockerHost)
+  if (address.socketPath === undefined || findProgram('dockerd') !== undefined) return false
+  return (process.getuid() === 0 || !existsSync(address.socketPath)) && !(await answers(address))
+}
+
 /**
- * Ready when the engine answers on `DOCKER_HOST` or the default socket. `install` is called with the package that is missing. Survives what
- * a killed engine leaves behind: pid files of processes that are gone (or that are somebody else by now), a socket nobody listens on.
+ * Ready when the engine answers on `DOCKER_HOST` or the default socket. Survives what a killed engine leaves behind: pid files of
+ * processes that are gone (or that are somebody else by now), a socket nobody listens on.
  */
-export async function ensureEngine({ dockerHost, logFile, install, say }) {
+export async function ensureEngine({ dockerHost, logFile, say }) {
   const address = engineAddress(dockerHost)
   if (await answers(address)) return say('Docker engine ok, already there')
   if (address.socketPath === undefined) throw new Unavailable(`no Docker engine answers at DOCKER_HOST=${dockerHost}, and a remote one cannot be started from here`)
   refuseWithoutRights(address.socketPath)
-  if (findProgram('dockerd') === undefined) install(['docker.io'])
 
-  // Installing the package may have started it; a system with systemd starts it in its own way.
+  // A system with systemd starts it in its own way.
   const bySystemd = existsSync('/run/systemd/system') && address.socketPath === defaultSocket
   if (bySystemd) spawnSync('systemctl', ['start', 'docker'], { stdio: 'ignore', timeout: startTimeout })
   if (bySystemd && (await waitForAnswer(address, () => undefined, 15_000))) return say('Docker engine started by systemd')
@@ -45,7 +51,7 @@ async function start(address, { logFile, say }) {
   for (const [file, name] of Object.entries(pidFiles)) if (existsSync(file) && processName(readPid(file)) !== name) rmSync(file)
   const output = openSync(logFile, 'a')
   const hosts = address.socketPath === defaultSocket ? [] : ['--host', `unix://${address.socketPath}`]
-  const child = spawn(findProgram('dockerd'), hosts, { cwd: '/', detached: true, stdio: ['ignore', output, output], env: engineEnvironment() })
+  const child = spawn(findProgram('dockerd') ?? 'dockerd', hosts, { cwd: '/', detached: true, stdio: ['ignore', output, output], env: engineEnvironment() })
   closeSync(output)
   let ended
   child.once('error', (error) => (ended = error.message))

@@ -7,7 +7,7 @@ import { spawnSync } from 'node:child_process'
 import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { ensureEngine, findProgram, Unavailable } from './engine.mjs'
+import { ensureEngine, findProgram, lacksEngine, Unavailable } from './engine.mjs'
 
 const top = path.dirname(path.dirname(fileURLToPath(import.meta.url)))
 const cache = path.join(top, '.cache')
@@ -45,8 +45,9 @@ async function main(command) {
 
 async function ensureMachine(need) {
   try {
-    await ensureDebianPackages(need.programs)
-    await ensureEngine({ dockerHost: process.env.DOCKER_HOST, logFile: path.join(cache, 'dockerd.log'), install: installPackages, say })
+    const engine = (await lacksEngine(process.env.DOCKER_HOST)) ? { dockerd: 'docker.io' } : {}
+    ensureDebianPackages({ ...need.programs, ...engine })
+    await ensureEngine({ dockerHost: process.env.DOCKER_HOST, logFile: path.join(cache, 'dockerd.log'), say })
     ensureImages(need.images)
   } catch (error) {
     if (!need.soft || !(error instanceof Unavailable)) throw error
@@ -113,7 +114,7 @@ function nodeProgram() {
 
 // ---- Debian packages
 
-async function ensureDebianPackages(programs) {
+function ensureDebianPackages(programs) {
   const missing = Object.entries(programs).filter(([program]) => findProgram(program) === undefined)
   if (missing.length === 0) return say('Debian packages ok, already there')
   installPackages(missing.map(([, name]) => name))
