@@ -8,7 +8,8 @@ import { egressMember, mainMember, type Fact, type SandboxRecord } from './group
 import type { Images } from './images.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
-import { sidecarSpec, type ConfirmRules } from './sidecar.ts'
+import { sidecarSpec } from './sidecar.ts'
+import type { ConfirmRules } from './sidecar-client.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
 export type Containers = {

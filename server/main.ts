@@ -16,7 +16,7 @@ import { SandboxNetwork } from './network.ts'
 import { RouteStream } from './route-stream.ts'
 import { toRoute } from './sandbox-view.ts'
 import { createServer } from './server.ts'
-import { createConfirmRules } from './sidecar.ts'
+import { SidecarClient } from './sidecar-client.ts'
 import { Store } from './store.ts'
 import { Watch } from './watch.ts'
 
@@ -36,7 +36,7 @@ const routes = new RouteStream()
 const ports = new HostPorts(config.server.host)
 const images = new Images(engine)
 const execd = config.runtime.execd_image === undefined ? null : new Execd(config.runtime.execd_image, { engine, images, instance })
-const confirm = createConfirmRules(config.egress.ready_seconds * 1000)
+const sidecars = new SidecarClient(config.egress.ready_seconds * 1000)
 let guardFault = ''
 
 await network.guard().catch((error: unknown) => {
@@ -45,7 +45,7 @@ await network.guard().catch((error: unknown) => {
 
 const groups = new Groups({
   config, instance, store, engine, ports,
-  workshop: createWorkshop(config, { images, network, confirm, execd }),
+  workshop: createWorkshop(config, { images, network, confirm: sidecars.confirm, execd }),
   now: Date.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
@@ -64,6 +64,7 @@ await watch.start(10_000)
 
 const server = createServer({
   config, groups, routes,
+  askPolicy: sidecars.policy,
   now: Date.now,
   readiness: async () => {
     const checks = {
@@ -91,7 +92,7 @@ async function stop(signal: string): Promise<void> {
   await server.close()
   await groups.close(8000)
   await watch.close()
-  await confirm.close()
+  await sidecars.close()
   await network.release().catch((error: unknown) => log.warn({ event: 'release-failed', error: String(error) }))
   store.close()
   process.exit(0)

@@ -9,14 +9,17 @@ import type { Groups } from './groups.ts'
 import type { RouteStream } from './route-stream.ts'
 import { addEndpointRoutes } from './routes/endpoints.ts'
 import { addHealthRoutes, type Readiness } from './routes/health.ts'
+import { addNetworkPolicyRoutes } from './routes/network-policy.ts'
 import { addSandboxRoutes } from './routes/sandboxes.ts'
 import { addUnbuiltRoutes } from './routes/unbuilt.ts'
+import type { AskPolicy } from './sidecar-client.ts'
 
 export type ServerDeps = {
   readonly config: Config
   readonly groups: Groups
   readonly routes: RouteStream
   readonly now: () => number
+  readonly askPolicy: AskPolicy
   readonly readiness: () => Promise<Readiness>
   /** One finished request, for the log. */
   readonly finished: (request: { id: string; method: string; path: string; status: number; milliseconds: number; error: string }) => void
@@ -59,6 +62,7 @@ export function createServer(deps: ServerDeps): FastifyInstance {
     void app.register(async (scope) => {
       addSandboxRoutes(scope, deps)
       addEndpointRoutes(scope, deps)
+      addNetworkPolicyRoutes(scope, deps)
       addUnbuiltRoutes(scope)
     }, { prefix })
   }

@@ -1,8 +1,5 @@
-/** The egress sidecar: what it is made with, and the question whether its rules are in the kernel. */
-import { setTimeout as delay } from 'node:timers/promises'
-import { Agent, request } from 'undici'
-import { headerNames, labels, wellKnownPorts } from '#policies/wire.ts'
-import { ApiError } from './api-error.ts'
+/** What an egress sidecar is made with. Pure. */
+import { labels } from '#policies/wire.ts'
 import type { Config } from './config.ts'
 import { groupLabels, publishedPorts, type ContainerSpec } from './container-spec.ts'
 import { egressMember, type SandboxRecord } from './group.ts'
@@ -42,33 +39,4 @@ export function sidecarSpec(config: Config, instance: string, network: string, r
     platform: null,
     cgroupns: 'host',
   }
-}
-
-/** Asks a sidecar; a seam for tests. Rejects when it does not answer `ok` in time. */
-export type ConfirmRules = (address: string, token: string, signal: AbortSignal) => Promise<void>
-
-const askPause = 15
-const askTimeout = 1000
-
-/** Polls `/healthz`, which says 200 only when the rules are in the kernel. @param budget ms */
-export function createConfirmRules(budget: number, port: number = wellKnownPorts.egressApi): ConfirmRules & { close(): Promise<void> } {
-  const agent = new Agent({ connect: { timeout: askTimeout }, headersTimeout: askTimeout, bodyTimeout: askTimeout, keepAliveTimeout: 1, maxResponseSize: 4096 })
-  const confirm: ConfirmRules = async (address, token, signal) => {
-    const deadline = AbortSignal.any([signal, AbortSignal.timeout(budget)])
-    let last = 'no answer'
-    while (!deadline.aborted) {
-      try {
-        const { statusCode, body } = await request(`http://${address}:${port}/healthz`, { dispatcher: agent, headers: { [headerNames.egressAuth]: token }, signal: deadline })
-        await body.dump()
-        if (statusCode >= 200 && statusCode < 300) return
-        last = `status ${statusCode}`
-      } catch (error) {
-        last = (error as { code?: string }).code ?? (error as Error).name
-      }
-      await delay(askPause, undefined, { signal: deadline }).catch(() => undefined)
-    }
-    signal.throwIfAborted()
-    throw new ApiError('DOCKER::SANDBOX_START_FAILED', `Egress sidecar did not become ready within ${budget / 1000}s (${last}).`)
-  }
-  return Object.assign(confirm, { close: () => agent.close() })
 }

@@ -178,6 +178,27 @@ t.test('mode dns warns', async (t) => {
   t.equal((await bench.call('POST', '/sandboxes', createBody)).body.warnings, undefined)
 })
 
+t.test('the policy of a running sandbox', async (t) => {
+  const asked: unknown[] = []
+  await using bench = new Bench({
+    askPolicy: async (address, token, rules) => {
+      asked.push([address, token.length, rules])
+      return { mode: 'enforcing', enforcementMode: 'dns+nft', policy: { defaultAction: 'deny', egress: rules ?? [] } }
+    },
+  })
+  const id = await bench.create(policyBody)
+  const open = await bench.create()
+  const rules = [{ action: 'allow', target: 'b.example' }]
+  t.match(await bench.call('GET', `/v1/sandboxes/${id}/network-policy`), { status: 200, body: { policy: { defaultAction: 'deny' }, floor: ['169.254.0.0/16'] } })
+  t.match(await bench.call('PATCH', `/v1/sandboxes/${id}/network-policy`, rules), { status: 200, body: { policy: { egress: rules } } })
+  t.match(asked, [[/^172/, 32, null], [/^172/, 32, rules]])
+  for (const [why, body] of [['no array', {}], ['empty', []], ['a bad target', [{ action: 'allow', target: '*' }]]] as const) {
+    t.match(await bench.call('PATCH', `/v1/sandboxes/${id}/network-policy`, body), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message: /rules/ } }, why)
+  }
+  t.match(await bench.call('GET', `/v1/sandboxes/${open}/network-policy`), { status: 409, body: { code: 'SANDBOX::NO_NETWORK_POLICY' } })
+  t.equal((await bench.call('GET', '/v1/sandboxes/none/network-policy')).status, 404)
+})
+
 t.test('the route stream', async (t) => {
   await using bench = new Bench()
   const first = await bench.create()

@@ -15,7 +15,7 @@ import { SandboxNetwork } from '../../server/network.ts'
 import { RouteStream } from '../../server/route-stream.ts'
 import { toRoute } from '../../server/sandbox-view.ts'
 import { createServer } from '../../server/server.ts'
-import type { ConfirmRules } from '../../server/sidecar.ts'
+import type { AskPolicy, ConfirmRules } from '../../server/sidecar-client.ts'
 import { Store } from '../../server/store.ts'
 import { FakeEngine } from './fake-engine.ts'
 
@@ -47,7 +47,7 @@ export function readToml(text: string, env: Record<string, string> = {}): Config
   }
 }
 
-export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; clock?: { now: number } }
+export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; clock?: { now: number } }
 
 export class Bench {
   readonly engine: FakeEngine
@@ -75,7 +75,7 @@ export class Bench {
       report: (event) => void this.events.push(event),
     })
     this.app = createServer({
-      config, groups: this.groups, routes: this.routes, now: () => this.clock.now, finished: () => undefined,
+      config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now: () => this.clock.now, finished: () => undefined,
       readiness: async () => ({ ready: true, checks: { engine: 'ok', store: 'ok', host_guard: 'ok', isolation: 'isolated' } }),
     })
   }

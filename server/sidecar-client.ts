@@ -1,0 +1,73 @@
+/** Talks to an egress sidecar: are the rules in the kernel, what is the policy, change it. */
+import { setTimeout as delay } from 'node:timers/promises'
+import { Agent, request } from 'undici'
+import type { NetworkRule } from '#policies/document.ts'
+import { headerNames, wellKnownPorts } from '#policies/wire.ts'
+import { ApiError } from './api-error.ts'
+
+/** Asks a sidecar; a seam for tests. Rejects when its rules are not in the kernel in time. */
+export type ConfirmRules = (address: string, token: string, signal: AbortSignal) => Promise<void>
+/** `rules` null: only read. @returns the policy as the sidecar enforces it now */
+export type AskPolicy = (address: string, token: string, rules: readonly NetworkRule[] | null) => Promise<PolicyAnswer>
+export type PolicyAnswer = { readonly mode: string; readonly enforcementMode: string; readonly policy: { readonly defaultAction: string; readonly egress: readonly NetworkRule[] } }
+
+const askPause = 15
+const askTimeout = 1000
+/** A change waits for the kernel. */
+const changeTimeout = 30_000
+const mostAnswer = 4 * 1024 * 1024
+
+export class SidecarClient {
+  readonly #port: number
+  readonly #budget: number
+  /** No connection is kept: an address may belong to another sandbox a moment later. */
+  readonly #agent = new Agent({ connect: { timeout: askTimeout }, headersTimeout: changeTimeout, bodyTimeout: changeTimeout, pipelining: 0, maxResponseSize: mostAnswer })
+
+  /** @param budget ms a sidecar may take until its rules are in the kernel */
+  constructor(budget: number, port: number = wellKnownPorts.egressApi) {
+    this.#budget = budget
+    this.#port = port
+  }
+
+  /** Polls `/healthz`, which says 200 only when the rules are in the kernel. */
+  readonly confirm: ConfirmRules = async (address, token, signal) => {
+    const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#budget)])
+    let last = 'no answer'
+    while (!deadline.aborted) {
+      try {
+        const { status } = await this.#ask(address, token, 'GET', '/healthz', null, AbortSignal.any([deadline, AbortSignal.timeout(askTimeout)]))
+        if (status >= 200 && status < 300) return
+        last = `status ${status}`
+      } catch (error) {
+        last = (error as { code?: string }).code ?? (error as Error).name
+      }
+      await delay(askPause, undefined, { signal: deadline }).catch(() => undefined)
+    }
+    signal.throwIfAborted()
+    throw new ApiError('DOCKER::SANDBOX_START_FAILED', `Egress sidecar did not become ready within ${this.#budget / 1000}s (${last}).`)
+  }
+
+  readonly policy: AskPolicy = async (address, token, rules) => {
+    try {
+      const signal = AbortSignal.timeout(changeTimeout)
+      const change = rules === null ? null : await this.#ask(address, token, 'PATCH', '/policy', JSON.stringify(rules), signal)
+      if (change !== null && (change.status === 400 || change.status === 413)) throw new ApiError('SANDBOX::INVALID_PARAMETER', `The sidecar refuses the rules: ${change.text.trim().slice(0, 300)}`)
+      if (change !== null && change.status !== 200) throw new Error(`status ${change.status}`)
+      const now = await this.#ask(address, token, 'GET', '/policy', null, signal)
+      if (now.status !== 200) throw new Error(`status ${now.status}`)
+      return JSON.parse(now.text) as PolicyAnswer
+    } catch (error) {
+      if (error instanceof ApiError) throw error
+      throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', 'The egress sidecar of this sandbox did not answer.', { cause: error })
+    }
+  }
+
+  async close(): Promise<void> {
+    await this.#agent.close()
+  }
+
+  async #ask(address: string, token: string, method: 'GET' | 'PATCH', path: string, body: string | null, signal: AbortSignal): Promise<{ status: number; text: string }> {
+    const answer = await request(`http://${address}:${this.#port}${path}`, { dispatcher: this.#agent, method, body, headers: { [headerNames.egressAuth]: token, ...(body === null ? {} : { 'content-type': 'application/json' }) }, signal })
+    return { status: answer.statusCode, text: await answer.body.text() }
+  }
+}
