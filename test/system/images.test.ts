@@ -29,13 +29,11 @@ async function look(image: string, program: string): Promise<unknown> {
   }
 }
 
-t.test('a second build finds everything there, within 3 s', async (t) => {
+t.test('a second build finds everything there', async (t) => {
   const build = () => execa(process.execPath, ['deploy/images.ts', 'sandbox', 'egress'], { cwd: root })
   await build()
-  const started = performance.now()
   const { stdout } = await build()
   t.strictSame(stdout.split('\n'), ['sandbox', 'egress'].map((name) => `image sallyport/${name}:local ok, already there`))
-  t.ok(performance.now() - started < 3000)
 })
 
 t.test('sidecar: node is process 1, nft and iptables work with NET_ADMIN alone, no shell', async (t) => {
