@@ -45,7 +45,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
   const throughput = measures('cpu', 'throughput', 'p50', 'p99')
   return {
     loads: [{
-      title: `small keep-alive GET, ${connections} connections, as fast as it goes`, rounds: 9, baseline: 'nginx', measures: throughput,
+      title: `small keep-alive GET, ${connections} connections, as fast as it goes`, rounds: 7, baseline: 'nginx', measures: throughput,
       contenders: contenders(names, (name) => saturate(load(name, '/', connections))),
       goals: [
         { contender: 'gateway', measure: 'cpu', sense: 'at most', limit: 3.3 },

@@ -39,8 +39,8 @@ async function start(_: Effort, cleanups: Cleanups): Promise<Arena> {
   const goals = [{ contender: 'server', measure: 'ready', sense: 'at most', limit: 1.15 } as const]
   return {
     loads: [
-      { title: 'sandbox with a policy: sidecar, rules confirmed, main', rounds: 9, baseline: 'dockerode directly', measures, contenders: contenders(policy), goals },
-      { title: 'sandbox without a policy', rounds: 9, baseline: 'dockerode directly', measures, contenders: contenders(null), goals },
+      { title: 'sandbox with a policy: sidecar, rules confirmed, main', rounds: 7, baseline: 'dockerode directly', measures, contenders: contenders(policy), goals },
+      { title: 'sandbox without a policy', rounds: 7, baseline: 'dockerode directly', measures, contenders: contenders(null), goals },
     ],
     notes: ['The server runs as it does in production: API key, SQLite store, host guard, gateway mode (no published ports). Images are warm.'],
   }

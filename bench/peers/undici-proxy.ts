@@ -11,6 +11,8 @@ const pool = new Pool(`http://127.0.0.1:${backendPort}`, { connections: 64, pipe
 createServer((request, response) => {
   let controller: Dispatcher.DispatchController | null = null
   response.on('drain', () => controller?.resume())
+  // A client that left in the middle must not keep its upstream connection paused for ever.
+  response.on('close', () => { if (!response.writableFinished) controller?.abort(new Error('the client went away')) })
   pool.dispatch({ method: request.method as Dispatcher.HttpMethod, path: request.url ?? '/', headers: { host: request.headers.host ?? '' }, body: null }, {
     onRequestStart: (started) => { controller = started },
     onResponseStart: (_, status, headers) => { response.writeHead(status, headers) },
