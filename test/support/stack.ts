@@ -215,7 +215,7 @@ class RunningStack implements Stack {
       id,
       main: main.Id,
       sidecar: sidecar?.Id,
-      address: (sidecar ?? main).NetworkSettings.Networks[this.network]?.IPAddress ?? '',
+      address: Object.values((sidecar ?? main).NetworkSettings.Networks)[0]?.IPAddress ?? '',
       run: (command, seconds) => exec(main.Id, command, seconds),
       remove: async () => {
         const reply = await this.api.call('DELETE', `/v1/sandboxes/${id}`)

@@ -11,7 +11,7 @@ import { needs } from '#test/support/abilities.ts'
 import { sandboxImage } from '#test/support/containers.ts'
 import { execdImage } from '#test/support/execd-image.ts'
 import { startFence } from '#test/support/fence.ts'
-import { execIn, resolveLocalhost, sdkConnection } from '#test/support/sdk.ts'
+import { resolveLocalhost, sdkConnection } from '#test/support/sdk.ts'
 import { startStack, type GatewayMode, type Stack } from '#test/support/stack.ts'
 
 await needs('root', 'docker', 'nft')
@@ -152,8 +152,7 @@ async function changesItsPolicy(t: Test, sandbox: Sandbox): Promise<void> {
 }
 
 async function ends(t: Test, stack: Stack, sandbox: Sandbox): Promise<void> {
-  const { code } = await execIn(stack, sandbox.id, ['true'])
-  t.equal(code, 0)
+  t.ok((await stack.containers()).length > 0)
   await sandbox.kill()
   await rejectsWith(t, sandbox.getInfo(), 404, 'DOCKER::SANDBOX_NOT_FOUND', 'gone')
   await rejectsWith(t, sandbox.kill(), 404, 'DOCKER::SANDBOX_NOT_FOUND', 'once')
