@@ -20,7 +20,7 @@ const network = { nft: 'nftables', iptables: 'iptables', ip: 'iproute2' }
 const needs = {
   check: { programs: {}, engine: false, images: [], soft: false },
   start: { programs: network, engine: true, images: ['sandbox', 'egress'], soft: false },
-  demo: { programs: network, engine: true, images: ['sandbox', 'egress'], soft: false },
+  demo: { programs: { ...network, curl: 'curl' }, engine: true, images: ['sandbox', 'egress'], soft: false },
   test: { programs: { ...network, curl: 'curl', python3: 'python3', sysctl: 'procps' }, engine: true, images: ['sandbox', 'egress'], soft: true },
   bench: { programs: { ...network, curl: 'curl' }, engine: true, images: ['sandbox', 'egress'], soft: false },
 }
