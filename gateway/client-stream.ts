@@ -40,6 +40,7 @@ export class ClientStream extends Duplex {
   /** The head was sent: from now on the client's connection is a tunnel, and ends as one. */
   open(): void {
     this.#open = true
+    if (this.#leaving) this.#sayGoingAway()
   }
 
   /** Says 1001 as soon as no frame is under way, and lets nothing of the sandbox follow it. */

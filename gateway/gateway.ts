@@ -11,10 +11,12 @@ import { Locator } from './locate.ts'
 import { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
+import { peerOf } from './peer.ts'
 import { refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
+import { malformedLine } from './visit.ts'
 
 /** Where routes come from. `start` resolves once the table may be served. */
 export interface Provider {
@@ -87,6 +89,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     connectionsCheckingInterval: Math.min(config.headerTimeout, 2_000),
     maxHeaderSize: config.maxHeaderBytes,
     noDelay: true,
+    highWaterMark: 128 * 1024,
     keepAlive: true,
     requireHostHeader: true,
     shouldUpgradeCallback: asksForWebSocket,
@@ -98,13 +101,13 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   server.on('checkExpectation', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
   server.on('upgrade', (request: IncomingMessage, socket: Socket, early: Buffer) => handleUpgrade(edge, request, socket, early))
   server.on('connect', (_request: IncomingMessage, socket: Socket) => answerRaw(socket, 405, 'OpenSandbox Ingress: CONNECT is not supported\n'))
-  server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(error, socket))
+  server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(edge, error, socket))
   server.on('connection', (socket: Socket) => {
     connections++
     socket.once('close', () => connections--)
   })
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
-  server.maxConnections = config.maxConnections + 1_000
+  server.maxConnections = config.maxConnections + refusalMargin(config.maxConnections)
 
   const provider = deps.provider(table)
   const timers = [setInterval(() => sweep(edge), sweepMs), setInterval(() => guard.refresh(), guardRefreshMs)]
@@ -162,6 +165,11 @@ async function settled(closed: Promise<void>, relays: Set<HttpRelay>, upgrades: 
   while (relays.size > 0 || upgrades.size > 0) await delay(20)
 }
 
+/** Connections beyond the limit that still get their 503. */
+function refusalMargin(maxConnections: number): number {
+  return Math.max(16, Math.floor(maxConnections / 10))
+}
+
 function delay(ms: number): Promise<void> {
   return new Promise((resolve) => setTimeout(resolve, ms).unref())
 }
@@ -183,14 +191,17 @@ function requestIds(): () => string {
 }
 
 /** What node:http could not read as a request. The connection ends: where the next request would begin is unknown. */
-function answerClientError(error: NodeJS.ErrnoException, socket: Socket): void {
+function answerClientError(edge: Edge, error: NodeJS.ErrnoException, socket: Socket): void {
   if (error.code === 'ECONNRESET' || !socket.writable) {
     socket.destroy()
     return
   }
-  if (error.code === 'HPE_HEADER_OVERFLOW') return answerRaw(socket, 431, 'OpenSandbox Ingress: the header section is too large\n')
-  if (error.code === 'ERR_HTTP_REQUEST_TIMEOUT') return answerRaw(socket, 408, 'OpenSandbox Ingress: the request did not arrive in time\n')
-  answerRaw(socket, 400, 'OpenSandbox Ingress: the request is malformed\n')
+  const tooLarge = error.code === 'HPE_HEADER_OVERFLOW'
+  const [status, text] = tooLarge ? [431, 'the header section is too large'] : error.code === 'ERR_HTTP_REQUEST_TIMEOUT' ? [408, 'the request did not arrive in time'] : [400, 'the request is malformed']
+  const code = tooLarge ? 'EDGE_HEADERS_TOO_LARGE' : 'EDGE_BAD_REQUEST'
+  edge.metrics.malformed(code)
+  edge.access?.(malformedLine(peerOf(socket, edge.trustedProxies).address, status, code, Date.now()))
+  answerRaw(socket, status, `OpenSandbox Ingress: ${text}\n`)
 }
 
 const reasons: Readonly<Record<number, string>> = { 400: 'Bad Request', 405: 'Method Not Allowed', 408: 'Request Timeout', 431: 'Request Header Fields Too Large' }

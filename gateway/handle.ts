@@ -80,7 +80,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
 export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Socket, early: Buffer): void {
   const visit = begin(edge, request, null)
   socket.on('error', () => socket.destroy())
-  const refused = admit(edge, visit)
+  const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   edge.upgrades.relay(visit, visit.sandbox as NonNullable<Visit['sandbox']>, socket, early)

@@ -5,6 +5,7 @@ import pino from 'pino'
 import { ConfigError } from '#policies/config.ts'
 import { KeyRing } from './key-ring.ts'
 import { readGatewayConfig, type GatewayConfig, type ReadConfig } from './config.ts'
+import { connectionsThatFit, readLimits } from './descriptors.ts'
 import { createGateway, type Gateway } from './gateway.ts'
 import { ServerProvider } from './providers/server.ts'
 import { StaticProvider } from './providers/static.ts'
@@ -28,9 +29,12 @@ function exitOnConfig(error: unknown): never {
   process.exit(exitUsage)
 }
 
-const { config, warnings } = readOrExit()
+const { config: wanted, warnings } = readOrExit()
+const fits = connectionsThatFit(readLimits())
+const config = Object.freeze({ ...wanted, maxConnections: Math.min(wanted.maxConnections, fits) })
 const log = pino({ level: levels.has(config.logLevel) ? config.logLevel : 'info', base: null, name: 'sallyport.gateway', timestamp: pino.stdTimeFunctions.isoTime, formatters: { level: (label) => ({ level: label }) } })
 if (cluster.isPrimary) for (const warning of warnings) log.warn(warning)
+if (cluster.isPrimary && fits < wanted.maxConnections) log.warn({ maxConnections: fits, wanted: wanted.maxConnections }, 'the descriptor limit allows fewer connections: raise ulimit -n')
 
 if (config.workers > 1 && cluster.isPrimary) superviseWorkers(config.workers, config.drainTimeout, log)
 else await serve(config)
@@ -66,7 +70,7 @@ type Destination = ReturnType<typeof pino.destination>
 function openAccessLog(where: string): Destination | null {
   if (where === 'off') return null
   const dest = where === 'stdout' ? 1 : where === 'stderr' ? 2 : where
-  const destination = pino.destination({ dest, sync: false, minLength: 8_192, maxWrite: 65_536, mkdir: true })
+  const destination = pino.destination({ dest, sync: false, minLength: 32_768, maxWrite: 131_072, mkdir: true })
   setInterval(() => destination.flush(), 250).unref()
   return destination
 }

@@ -1,5 +1,6 @@
 /** Every number the gateway counts, in one place. No label ever holds a sandbox id. Names follow OSEP-0010 where it has one. */
 import { Counter, Gauge, Registry, type Metric } from 'prom-client'
+import type { FaultCode } from '#policies/fault.ts'
 import type { Visit } from './visit.ts'
 
 export type Gauges = { readonly routes: () => number; readonly tunnels: () => number; readonly connections: () => number; readonly active: () => number }
@@ -41,6 +42,11 @@ export class Metrics {
 
   located(result: 'success' | 'not_found' | 'not_ready' | 'error'): void {
     this.#resolutions[result]++
+  }
+
+  /** Bytes that never became a request. */
+  malformed(code: FaultCode): void {
+    this.#refused.set(code, (this.#refused.get(code) ?? 0) + 1)
   }
 
   /** Called once per request at its end. */

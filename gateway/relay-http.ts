@@ -72,8 +72,8 @@ export class Upstream implements Belonging {
     })
   }
 
-  dispatch(request: Dispatcher.DispatchOptions, relay: HttpRelay): void {
-    this.#lastUsed = performance.now()
+  dispatch(request: Dispatcher.DispatchOptions, relay: HttpRelay, now: number): void {
+    this.#lastUsed = now
     this.#pool.dispatch(request, relay)
   }
 
@@ -199,7 +199,7 @@ export class HttpRelay implements Dispatcher.DispatchHandler {
     const options: Dispatcher.DispatchOptions = { path: this.#visit.target, method, headers: this.#visit.head.out, body: this.#body, headersTimeout: 0, bodyTimeout: 0 }
     // undici closes the connection after a HEAD and after a body on a method that seldom has one; the former is not needed.
     if (!hasBody) options.reset = false
-    this.#upstream.dispatch(options, this)
+    this.#upstream.dispatch(options, this, this.lastByteAt)
   }
 
   /** The client is gone, or its response is complete. */

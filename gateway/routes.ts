@@ -2,8 +2,7 @@
  * The sandboxes this gateway knows, and for each the connections that belong to it. A sandbox that ends, or whose id or address
  * gets a new owner, takes its pools and tunnels with it in the same tick: nothing of the old owner can reach the new one.
  */
-import type { RouteEntry } from '#policies/wire.ts'
-import { routeStreamStaleSeconds } from '#policies/wire.ts'
+import { routeStreamStaleSeconds, type RouteEntry, type SandboxState } from '#policies/wire.ts'
 
 /** Something that ends with its sandbox: a pool of upstream connections, a tunnel. */
 export interface Belonging {
@@ -43,6 +42,9 @@ export class SandboxEnded extends Error {
   }
 }
 
+/** States whose address may already belong to somebody else. */
+const over: ReadonlySet<SandboxState> = new Set(['Terminated', 'Failed'])
+
 export class RouteTable {
   readonly #byId = new Map<string, Sandbox>()
   readonly #byHost = new Map<string, Sandbox>()
@@ -68,18 +70,19 @@ export class RouteTable {
 
   put(entry: RouteEntry): void {
     const known = this.#byId.get(entry.id)
-    if (known !== undefined && known.entry.lifecycle === entry.lifecycle && known.entry.host === entry.host) {
+    const lives = !over.has(entry.state)
+    if (known !== undefined && known.entry.lifecycle === entry.lifecycle && known.entry.host === entry.host && (lives || over.has(known.entry.state))) {
       known.entry = entry
       return
     }
     if (known !== undefined) this.#drop(known)
-    if (entry.host !== '' && this.#exclusive(entry.host)) {
-      const before = this.#byHost.get(entry.host)
-      if (before !== undefined) this.#drop(before)
-    }
+    // Who is over has no address any more, whatever its entry still says.
+    const claims = lives && entry.host !== '' && this.#exclusive(entry.host)
+    const before = claims ? this.#byHost.get(entry.host) : undefined
+    if (before !== undefined) this.#drop(before)
     const sandbox = new Sandbox(entry)
     this.#byId.set(entry.id, sandbox)
-    if (entry.host !== '') this.#byHost.set(entry.host, sandbox)
+    if (claims) this.#byHost.set(entry.host, sandbox)
   }
 
   delete(id: string): void {

@@ -93,6 +93,11 @@ export function accessLine(visit: Visit, wall: number, now: number): string {
   )
 }
 
+/** The same for bytes that never became a request. @param client address of the peer */
+export function malformedLine(client: string, status: number, code: FaultCode, wall: number): string {
+  return `{"level":"info","ts":"${timestamp(wall)}","logger":"sallyport.gateway","msg":"malformed","client":"${quoted(client)}","status":${status},"code":"${code}"}\n`
+}
+
 function micros(from: number, to: number): number {
   return to === 0 || from === 0 ? 0 : Math.round((to - from) * 1000)
 }

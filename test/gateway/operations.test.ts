@@ -59,6 +59,14 @@ t.test('faults in three forms', async (t) => {
   t.match(gateway.lines[0], /"status":404,"code":"EDGE_NO_ROUTE"/)
 })
 
+t.test('bytes that never became a request are logged and counted, too', async (t) => {
+  await using gateway = await startGateway([], { mode: 'uri' })
+  t.equal(statusOf(await ask(gateway.port, 'nonsense\r\n\r\n')), 400)
+  t.equal(statusOf(await ask(gateway.port, get('/', `X: ${'y'.repeat(70_000)}`))), 431)
+  t.same(gateway.lines.map((line) => (JSON.parse(line) as { code: string }).code), ['EDGE_BAD_REQUEST', 'EDGE_HEADERS_TOO_LARGE'])
+  t.match(await gateway.gateway.metrics.registry.metrics(), /sallyport_gateway_refused_count\{code="EDGE_HEADERS_TOO_LARGE"\} 1/)
+})
+
 t.test('the access line is JSON, whatever the request holds', async (t) => {
   await using upstream = await startHttp((_request, response) => response.end('hello'))
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })

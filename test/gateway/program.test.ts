@@ -2,6 +2,7 @@
 import { spawn, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
@@ -15,7 +16,11 @@ t.teardown(() => rmSync(folder, { recursive: true }))
 type Program = AsyncDisposable & { child: ChildProcess; output: () => string; code: Promise<number | null> }
 
 function start(...argv: string[]): Program {
-  const child = spawn(process.execPath, [main, ...argv], { stdio: ['ignore', 'pipe', 'pipe'], env: { PATH: process.env['PATH'] } })
+  return startAs([process.execPath, main, ...argv])
+}
+
+function startAs([file, ...argv]: string[]): Program {
+  const child = spawn(file as string, argv, { stdio: ['ignore', 'pipe', 'pipe'], env: { PATH: process.env['PATH'] } })
   let output = ''
   child.stdout.on('data', (chunk: Buffer) => (output += chunk.toString()))
   child.stderr.on('data', (chunk: Buffer) => (output += chunk.toString()))
@@ -116,4 +121,23 @@ t.test('two workers share the port; one that dies is replaced', async (t) => {
   program.child.kill('SIGTERM')
   t.equal(await program.code, 0)
   t.equal(await ask(port, get('/status.ok')), '', 'nobody listens any more')
+})
+
+t.test('few descriptors: refused with 503 beyond them, and back to work after', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('ok'))
+  await using program = startAs(['sh', '-c', 'ulimit -n 300; exec "$@"', 'sh', process.execPath, main, '--port=0', '--mode=uri', '--provider=static', `--routes=${routesFile('few.json', [{ id: 'a', host: '127.0.0.1' }])}`, '--allow-loopback-upstreams'])
+  const port = await listening(program)
+  t.match(program.output(), 'ulimit')
+  const target = get(`/a/${upstream.port}/`)
+  t.equal(statusOf(await ask(port, target)), 200)
+  const idle = Array.from({ length: 55 }, () => connect(port, '127.0.0.1').on('error', () => undefined))
+  await eventually(() => idle.every((socket) => !socket.connecting), 'connected')
+  t.equal(statusOf(await ask(port, target)), 503)
+  const flood = Array.from({ length: 400 }, () => connect(port, '127.0.0.1').on('error', () => undefined))
+  await eventually(() => flood.every((socket) => !socket.connecting), 'tried')
+  t.equal(program.child.exitCode, null, 'nothing crashes')
+  for (const socket of [...idle, ...flood]) socket.destroy()
+  let status = 0
+  for (const until = Date.now() + 5_000; status !== 200 && Date.now() < until; ) status = statusOf(await ask(port, target).catch(() => ''))
+  t.equal(status, 200, 'back to work')
 })
