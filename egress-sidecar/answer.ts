@@ -7,7 +7,6 @@
  *   5. answer               only now may the sandbox learn the address
  * A policy that changes in between sends the question back to 1; what was asked upstream is not asked again.
  */
-import { canonicalAddress } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
 import { decideName } from '#policies/decide.ts'
 import type { Verdict } from '#policies/verdict.ts'
@@ -84,10 +83,16 @@ async function settle(query: Buffer, question: Question, transport: Transport, {
     if (rules !== firewall.rules) continue
     const denied = deniedAlias(rules, found)
     if (denied !== null) return refuse(query, question, rcodes.nxDomain, 'denied', denied)
-    const allowed = found.addresses.filter((record) => mayOpen(rules, record.address))
+    const allowed: AddressRecord[] = []
+    const addresses: string[] = []
+    for (const record of found.addresses) {
+      const address = mayOpen(rules, record.address)
+      if (address === null) continue
+      allowed.push(record)
+      addresses.push(address)
+    }
 
     // 4. open the firewall and wait for the kernel
-    const addresses = allowed.map(canonicalText)
     const seconds = leaseSeconds(found.ttl)
     const opened = addresses.length === 0 ? 'open' : await firewall.open(question.name as string, addresses, seconds, rules)
     if (opened === 'stale') continue
@@ -110,8 +115,4 @@ function deniedAlias(rules: Rules, found: Answer): Verdict | null {
     if (verdict.reason === 'rule-denies' || verdict.reason === 'malformed-name') return verdict
   }
   return null
-}
-
-function canonicalText(record: AddressRecord): string {
-  return canonicalAddress(record.address) as string
 }

@@ -22,6 +22,7 @@ export type ExemptionDeps = {
   readonly nft: Nft
   /** Are we a container's process? Outside of one the sandbox may share our cgroup. */
   readonly inContainer: boolean
+  /** Is one of the upstreams reached over IPv6? */
   readonly ipv6: boolean
   readonly ports: readonly number[]
 }

@@ -187,5 +187,5 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
 const replaceTimeoutMs = 30_000
 
 function stillAllowed(rules: Rules, address: string, { names }: Learned, mayOpen: AddressJudge): boolean {
-  return mayOpen(rules, address) && names.some((name) => decideName(rules, name).action === 'allow')
+  return mayOpen(rules, address) !== null && names.some((name) => decideName(rules, name).action === 'allow')
 }

@@ -2,11 +2,12 @@
  * May an address that came back for an allowed name be opened? The policy's own verdict, and two kinds of places that a name must
  * not lead to by accident: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
  */
-import { NetworkTable, readNetwork, type Network } from '#policies/address.ts'
+import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
 import { decideAddress, decideLearned } from '#policies/decide.ts'
 
-export type AddressJudge = (rules: Rules, address: string) => boolean
+/** The address as the kernel gets it, or null when it must stay shut. */
+export type AddressJudge = (rules: Rules, address: string) => string | null
 
 /** Verdicts remembered per policy; popular names come back with the same addresses again and again. */
 const maxRemembered = 8192
@@ -15,7 +16,7 @@ const maxRemembered = 8192
 export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
   const table = new NetworkTable()
   for (const text of resolvers) table.add(readNetwork(text) as Network, 0)
-  let remembered = new Map<string, boolean>()
+  let remembered = new Map<string, string | null>()
   let rememberedFor: Rules | null = null
 
   return (rules, address) => {
@@ -26,8 +27,9 @@ export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
     const before = remembered.get(address)
     if (before !== undefined) return before
     const allowed = decideLearned(rules, address).action === 'allow' && (table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
-    remembered.set(address, allowed)
-    return allowed
+    const opened = allowed ? canonicalAddress(address) : null
+    remembered.set(address, opened)
+    return opened
   }
 }
 

@@ -142,21 +142,23 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   function finish(channel: Channel, id: number, pending: Pending, reply: Buffer | null): void {
     channel.pending.delete(id)
     pendingCount--
-    if (pendingCount === 0 && sweeper !== null) {
-      clearInterval(sweeper)
-      sweeper = null
-    }
     pending.resolve(reply)
   }
 
   // One timer for all: setting one per question would cost more than the question.
   function sweep(): void {
+    if (pendingCount === 0 && sweeper !== null) {
+      clearInterval(sweeper)
+      sweeper = null
+      return
+    }
     const time = now()
     for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending) if (pending.giveUp <= time) fail(state, channel, id, pending)
   }
 
   function inOrder(): UpstreamState[] {
     const time = now()
+    if (states.every((s) => s.distrustedUntil <= time)) return [...states]
     return [...states.filter((s) => s.distrustedUntil <= time), ...states.filter((s) => s.distrustedUntil > time)]
   }
 
@@ -180,6 +182,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       return null
     },
     close() {
+      if (sweeper !== null) clearInterval(sweeper)
       for (const { channels } of states) {
         for (const channel of channels) {
           for (const [id, waiting] of [...channel.pending]) finish(channel, id, waiting, null)

@@ -79,7 +79,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => exemption.protocols.includes('tcp') }, now))
-    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6, ports: asking.ports })
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')), ports: asking.ports })
     // 4. the policy
     const files = createAlwaysFiles()
     const always = await files.read()
