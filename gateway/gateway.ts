@@ -62,7 +62,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   }
   let draining = false
   let connections = 0
-  const upgrades = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit))
+  const upgrades = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit), (sandbox) => table.tiesOf(sandbox))
   const metrics = new Metrics({ routes: () => table.size, tunnels: () => upgrades.size, connections: () => connections, active: () => relays.size })
   const edge: Edge = {
     table,
@@ -129,7 +129,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
       await Promise.race([settled(closed, relays, upgrades), delay(config.drainTimeout)])
       upgrades.destroy()
       server.closeAllConnections()
-      for (const sandbox of table.sandboxes()) sandbox.end()
+      table.endAll()
       for (const timer of timers) clearInterval(timer)
       await closed
     },
@@ -141,10 +141,7 @@ function sweep(edge: Edge): void {
   const now = performance.now()
   for (const relay of edge.relays) relay.checkTimes(now)
   edge.upgrades.checkTimes(now)
-  for (const sandbox of edge.table.sandboxes()) {
-    if (sandbox.upstreams.size === 0) continue
-    for (const [port, upstream] of sandbox.upstreams) if (upstream.sweep(now)) sandbox.upstreams.delete(port)
-  }
+  edge.table.sweep(now)
 }
 
 function listenOn(server: Server, config: GatewayConfig): Promise<number> {

@@ -13,7 +13,7 @@ import { clientOf, peerOf } from './peer.ts'
 import { HttpRelay, upstreamOf } from './relay-http.ts'
 import type { UpgradeOptions, UpgradeRelay } from './relay-upgrade.ts'
 import { refuse } from './respond.ts'
-import type { RouteTable } from './routes.ts'
+import type { RouteTable, Sandbox } from './routes.ts'
 import type { FailureThrottle } from './throttle.ts'
 import type { UpstreamGuard } from './upstream-guard.ts'
 import { accessLine, Visit } from './visit.ts'
@@ -68,7 +68,8 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   if (visit.redirect !== '') return redirect(visit)
 
   // 4. Tell the sandbox who asks, and relay.
-  const upstream = upstreamOf(visit.sandbox as NonNullable<Visit['sandbox']>, visit.port, edge.relayOptions)
+  const sandbox = visit.sandbox as Sandbox
+  const upstream = upstreamOf(sandbox, edge.table.tiesOf(sandbox), visit.port, edge.relayOptions)
   if (upstream === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   const relay = new HttpRelay(visit, upstream, edge.relayOptions, onRefusal, edge.relays, edge.draining)
@@ -83,7 +84,7 @@ export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Sock
   const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
-  edge.upgrades.relay(visit, visit.sandbox as NonNullable<Visit['sandbox']>, socket, early)
+  edge.upgrades.relay(visit, visit.sandbox as Sandbox, socket, early)
 }
 
 /** Is it a request to become a WebSocket? Token lists, any spelling (RFC 9110 §7.8, RFC 6455 §4.2.1). */

@@ -11,7 +11,7 @@ import type { LookupOptions } from 'node:dns'
 import { prefixRewriter, responseFields, type ResponseFields } from './headers.ts'
 import { RequestBody } from './request-body.ts'
 import { breakOff } from './respond.ts'
-import type { Belonging, Sandbox } from './routes.ts'
+import type { Belonging, Sandbox, Ties } from './routes.ts'
 import type { Visit } from './visit.ts'
 
 export type RelayOptions = {
@@ -389,11 +389,11 @@ function asPairs(fields: ResponseFields): [string, string][] {
 }
 
 /** The pool for one port of a sandbox, made on first use; null when the port has as many requests as it may. */
-export function upstreamOf(sandbox: Sandbox, port: number, options: RelayOptions): Upstream | null {
-  let upstream = sandbox.upstreams.get(port) as Upstream | undefined
+export function upstreamOf(sandbox: Sandbox, ties: Ties, port: number, options: RelayOptions): Upstream | null {
+  let upstream = ties.upstreams.get(port) as Upstream | undefined
   if (upstream === undefined || upstream.destroyed) {
     upstream = new Upstream(sandbox.entry.host, port, options, performance.now())
-    sandbox.upstreams.set(port, upstream)
+    ties.upstreams.set(port, upstream)
   }
   return upstream.active < options.maxRequests ? upstream : null
 }

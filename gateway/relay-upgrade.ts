@@ -10,7 +10,7 @@ import { Fault, toFault } from '#policies/fault.ts'
 import { ClientStream } from './client-stream.ts'
 import { connectionOptions } from './headers.ts'
 import type { RelayOptions, Refusal } from './relay-http.ts'
-import type { Belonging, Sandbox } from './routes.ts'
+import type { Belonging, Sandbox, Ties } from './routes.ts'
 import type { Visit } from './visit.ts'
 
 export type UpgradeOptions = RelayOptions & {
@@ -23,6 +23,7 @@ export class UpgradeRelay {
   readonly #options: UpgradeOptions
   readonly #refuse: Refusal
   readonly #done: (visit: Visit) => void
+  readonly #tiesOf: (sandbox: Sandbox) => Ties
   readonly #proxy = httpProxy.createProxyServer({})
   readonly #agents = new WeakMap<Sandbox, AgentOfSandbox>()
   readonly #perClient = new Map<string, number>()
@@ -31,10 +32,11 @@ export class UpgradeRelay {
   #building: Tunnel | null = null
 
   /** @param done called once per upgrade at its end, for the access line */
-  constructor(options: UpgradeOptions, refuse: Refusal, done: (visit: Visit) => void) {
+  constructor(options: UpgradeOptions, refuse: Refusal, done: (visit: Visit) => void, tiesOf: (sandbox: Sandbox) => Ties) {
     this.#options = options
     this.#refuse = refuse
     this.#done = done
+    this.#tiesOf = tiesOf
     this.#proxy.on('proxyReqWs', (request: ClientRequest) => this.#building?.attach(request))
     this.#proxy.on('error', () => undefined)
   }
@@ -50,12 +52,13 @@ export class UpgradeRelay {
    */
   relay(visit: Visit, sandbox: Sandbox, socket: Socket, early: Buffer): void {
     const open = this.#perClient.get(visit.client) ?? 0
-    if (sandbox.tunnels.size >= this.#options.maxPerSandbox || open >= this.#options.maxPerClient) {
+    const { tunnels } = this.#tiesOf(sandbox)
+    if (tunnels.size >= this.#options.maxPerSandbox || open >= this.#options.maxPerClient) {
       this.#refuse(visit, new Fault('EDGE_OVERLOADED', 'too many upgraded connections'))
       return this.#done(visit)
     }
     this.#perClient.set(visit.client, open + 1)
-    const tunnel = new Tunnel(visit, sandbox, socket, this.#options, this.#refuse, () => this.#ended(tunnel, visit))
+    const tunnel = new Tunnel(visit, sandbox, tunnels, socket, this.#options, this.#refuse, () => this.#ended(tunnel, visit))
     this.#tunnels.add(tunnel)
     const { host } = sandbox.entry
     this.#building = tunnel
@@ -89,7 +92,7 @@ export class UpgradeRelay {
     if (kept === undefined) {
       kept = new AgentOfSandbox(this.#options)
       this.#agents.set(sandbox, kept)
-      sandbox.belongings.add(kept)
+      this.#tiesOf(sandbox).others.add(kept)
     }
     return kept.agent
   }
@@ -125,7 +128,7 @@ class Tunnel implements Belonging {
   readonly client: ClientStream
   readonly request: ProxiedRequest
   readonly #visit: Visit
-  readonly #sandbox: Sandbox
+  readonly #tunnels: Set<Belonging>
   readonly #socket: Socket
   readonly #options: UpgradeOptions
   readonly #refuse: Refusal
@@ -135,9 +138,9 @@ class Tunnel implements Belonging {
   #answered = false
   #ended = false
 
-  constructor(visit: Visit, sandbox: Sandbox, socket: Socket, options: UpgradeOptions, refuse: Refusal, onEnd: () => void) {
+  constructor(visit: Visit, sandbox: Sandbox, tunnels: Set<Belonging>, socket: Socket, options: UpgradeOptions, refuse: Refusal, onEnd: () => void) {
     this.#visit = visit
-    this.#sandbox = sandbox
+    this.#tunnels = tunnels
     this.#socket = socket
     this.#options = options
     this.#refuse = refuse
@@ -145,7 +148,7 @@ class Tunnel implements Belonging {
     this.client = new ClientStream(socket)
     this.client.on('error', () => undefined)
     this.request = { method: 'GET', url: '/', headers: grouped(visit, authorityOf(sandbox, visit.port), options), httpVersion: '1.1', httpVersionMajor: 1 }
-    sandbox.tunnels.add(this)
+    tunnels.add(this)
     socket.setTimeout(0)
     socket.on('close', (hadError) => this.#end(hadError))
   }
@@ -246,7 +249,7 @@ class Tunnel implements Belonging {
   #end(vanished: boolean): void {
     if (this.#ended) return
     this.#ended = true
-    this.#sandbox.tunnels.delete(this)
+    this.#tunnels.delete(this)
     this.#visit.bytesIn = this.client.bytesIn
     this.#visit.bytesOut += this.client.bytesOut
     this.client.destroy()

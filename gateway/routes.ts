@@ -9,27 +9,34 @@ export interface Belonging {
   destroy(reason: Error): void
 }
 
-/** One life of one sandbox. A new life is a new object, so whoever holds the old one cannot reach the new. */
-export class Sandbox {
-  entry: RouteEntry
-  ended = false
+/** The connections of one life of one sandbox. */
+export class Ties {
   /** HTTP connections by port. */
   readonly upstreams = new Map<number, Belonging & { sweep(now: number): boolean }>()
   readonly tunnels = new Set<Belonging>()
   /** Whatever else must end with the sandbox. */
-  readonly belongings = new Set<Belonging>()
+  readonly others = new Set<Belonging>()
+}
+
+/** One life of one sandbox. A new life is a new object, so whoever holds the old one cannot reach the new. */
+export class Sandbox {
+  entry: RouteEntry
+  ended = false
+  /** What hangs on it; null until somebody asks for it: of 100,000 sandboxes most are asked for by nobody. */
+  ties: Ties | null = null
   constructor(entry: RouteEntry) {
     this.entry = entry
   }
 
   end(): void {
     this.ended = true
+    if (this.ties === null) return
+    const { upstreams, tunnels, others } = this.ties
+    this.ties = null
     const reason = new SandboxEnded()
-    for (const upstream of this.upstreams.values()) upstream.destroy(reason)
-    for (const tunnel of this.tunnels) tunnel.destroy(reason)
-    for (const belonging of this.belongings) belonging.destroy(reason)
-    this.upstreams.clear()
-    this.tunnels.clear()
+    for (const upstream of upstreams.values()) upstream.destroy(reason)
+    for (const tunnel of tunnels) tunnel.destroy(reason)
+    for (const other of others) other.destroy(reason)
   }
 }
 
@@ -45,11 +52,18 @@ export class SandboxEnded extends Error {
 /** States whose address may already belong to somebody else. */
 const over: ReadonlySet<SandboxState> = new Set(['Terminated', 'Failed'])
 
+/** Entries handled without giving way to requests: about a millisecond. */
+const slice = 2_000
+
 export class RouteTable {
   readonly #byId = new Map<string, Sandbox>()
   readonly #byHost = new Map<string, Sandbox>()
+  /** Those that have connections, so that looking after them costs nothing for the rest. */
+  readonly #tied = new Set<Sandbox>()
   readonly #exclusive: (host: string) => boolean
   #aliveAt = -Infinity
+  /** Counts the calls of `replace`. */
+  #replacements = 0
 
   /** @param exclusive may only one sandbox at a time have this address? Then a new owner ends the old one. */
   constructor(exclusive: (host: string) => boolean) {
@@ -64,8 +78,28 @@ export class RouteTable {
     return this.#byId.get(id)
   }
 
-  sandboxes(): IterableIterator<Sandbox> {
-    return this.#byId.values()
+  /** What hangs on a sandbox, from now on looked after. */
+  tiesOf(sandbox: Sandbox): Ties {
+    if (sandbox.ties !== null) return sandbox.ties
+    this.#tied.add(sandbox)
+    return (sandbox.ties = new Ties())
+  }
+
+  /** Gives up pools nobody uses. @param now ms since the process started */
+  sweep(now: number): void {
+    for (const sandbox of this.#tied) {
+      const { ties } = sandbox
+      if (ties !== null) for (const [port, upstream] of ties.upstreams) if (upstream.sweep(now)) ties.upstreams.delete(port)
+      if (ties !== null && ties.upstreams.size + ties.tunnels.size + ties.others.size > 0) continue
+      sandbox.ties = null
+      this.#tied.delete(sandbox)
+    }
+  }
+
+  /** Ends every connection; the table stays. */
+  endAll(): void {
+    for (const sandbox of this.#tied) sandbox.end()
+    this.#tied.clear()
   }
 
   put(entry: RouteEntry): void {
@@ -90,12 +124,33 @@ export class RouteTable {
     if (known !== undefined) this.#drop(known)
   }
 
-  /** Makes the table hold exactly these entries; what stays keeps its connections. */
-  replace(entries: Iterable<RouteEntry>): void {
-    const wanted = new Map<string, RouteEntry>()
-    for (const entry of entries) wanted.set(entry.id, entry)
-    for (const [id, sandbox] of this.#byId) if (!wanted.has(id)) this.#drop(sandbox)
-    for (const entry of wanted.values()) this.put(entry)
+  /**
+   * Makes the table hold exactly these entries, by id; what stays keeps its connections. A long list is taken in slices, so that no
+   * request waits for it: each sandbox changes at once, and nothing is dropped before the whole list is known.
+   * @returns null: done; or a promise for the rest. A later call takes the place of one that is still under way.
+   */
+  replace(wanted: ReadonlyMap<string, RouteEntry>): Promise<void> | null {
+    const steps = this.#replacing(wanted, ++this.#replacements)
+    return steps.next().done === true ? null : this.#finish(steps)
+  }
+
+  *#replacing(wanted: ReadonlyMap<string, RouteEntry>, turn: number): Generator<void> {
+    let count = 0
+    for (const [id, sandbox] of this.#byId) {
+      if (!wanted.has(id)) this.#drop(sandbox)
+      if (++count % slice === 0) yield
+      if (turn !== this.#replacements) return
+    }
+    for (const entry of wanted.values()) {
+      this.put(entry)
+      if (++count % slice === 0) yield
+      if (turn !== this.#replacements) return
+    }
+  }
+
+  async #finish(steps: Generator<void>): Promise<void> {
+    do await new Promise((resolve) => setImmediate(resolve))
+    while (steps.next().done !== true)
   }
 
   /** The provider's word that the table is true at `now` (ms); Infinity: it always is. */

@@ -113,6 +113,9 @@ export class RouteReader {
   /** The list being read, from `reset` to `synced`; null when it is complete and events apply at once. */
   #listing: Map<string, RouteEntry> | null = new Map()
 
+  /** Events that came while a long list is being taken; null: none is. */
+  #later: RouteEvent[] | null = null
+
   constructor(table: RouteTable, onSynced: () => void) {
     this.#table = table
     this.#onSynced = onSynced
@@ -127,7 +130,8 @@ export class RouteReader {
       if (line.trim() === '') continue
       const event = readEvent(line)
       if (event === null) return line.slice(0, 200)
-      this.#apply(event)
+      if (this.#later === null) this.#apply(event)
+      else this.#later.push(event)
     }
     return null
   }
@@ -146,15 +150,29 @@ export class RouteReader {
         else this.#listing.delete(event.id)
         break
       case 'synced':
-        if (this.#listing !== null) this.#table.replace(this.#listing.values())
-        this.#listing = null
-        this.#onSynced()
+        this.#take()
         break
       case 'ping':
         break
     }
     // A list under way proves nothing yet: only a complete one is the truth.
-    if (this.#listing === null) this.#table.alive(performance.now())
+    if (this.#listing === null && this.#later === null) this.#table.alive(performance.now())
+  }
+
+  /** The list is complete: it becomes the table. */
+  #take(): void {
+    const listing = this.#listing
+    this.#listing = null
+    const rest = listing === null ? null : this.#table.replace(listing)
+    if (rest === null) return this.#onSynced()
+    this.#later = []
+    rest.then(() => {
+      const events = this.#later ?? []
+      this.#later = null
+      this.#table.alive(performance.now())
+      this.#onSynced()
+      for (const event of events) this.#apply(event)
+    }, () => undefined)
   }
 }
 

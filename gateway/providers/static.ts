@@ -71,6 +71,6 @@ export class StaticProvider implements Provider {
     }
     const read = readStaticRoutes(value)
     if (!read.ok) throw new ConfigError(read.problems.map((problem) => ({ path: `${path}: ${problem.path}`, reason: problem.reason })))
-    this.#table.replace(read.routes)
+    await this.#table.replace(new Map(read.routes.map((route) => [route.id, route])))
   }
 }

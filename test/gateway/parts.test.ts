@@ -197,6 +197,23 @@ t.test('route events: the table is swapped at synced, never half-read', async (t
   t.match(new RouteReader(table, () => undefined).feed('x'.repeat(2 << 20)), 'too long')
 })
 
+t.test('a long list is taken in slices, in order with what follows, and a newer one wins', async (t) => {
+  const table = new RouteTable(() => true)
+  const count = 20_000
+  const listOf = (life: string): RouteEvent[] => [{ type: 'reset' }, ...Array.from({ length: count }, (_none, n): RouteEvent => ({ type: 'put', sandbox: entry({ id: `s${n}`, host: `10.0.${n >> 8}.${n & 255}`, lifecycle: life }) })), { type: 'synced' }]
+  const text = (events: RouteEvent[]): string => events.map((event) => `${JSON.stringify(event)}\n`).join('')
+  const read = (events: RouteEvent[]): Promise<void> => new Promise((resolve) => new RouteReader(table, resolve).feed(text(events)))
+  const first = read([...listOf('1'), { type: 'delete', id: 's0' }, { type: 'put', sandbox: entry({ id: 'last', host: '10.9.9.9' }) }])
+  t.ok(table.size < count, 'not all at once')
+  t.ok(table.stale(performance.now()), 'half a table proves nothing')
+  await first
+  t.same([table.size, table.get('s0'), table.get('last')?.entry.id], [count, undefined, 'last'], 'what followed the list applies after it')
+  void read(listOf('2'))
+  await read(listOf('3').filter((event) => event.type !== 'put' || event.sandbox.id !== 's5'))
+  await new Promise((resolve) => setTimeout(resolve, 50))
+  t.same([table.get('s5'), table.get('s6')?.entry.lifecycle, table.get('last')], [undefined, '3', undefined], 'a list that was overtaken changes nothing any more')
+})
+
 t.test('the route stream: token, reconnect, relist', async (t) => {
   const streams: ServerResponse[] = []
   const seen: (string | undefined)[] = []
