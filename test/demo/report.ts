@@ -12,6 +12,8 @@ export class Report {
   constructor() {
     process.on('SIGINT', () => this.#interrupt())
     process.on('SIGTERM', () => this.#interrupt())
+    // `| head` is no reason to leave containers behind.
+    process.stdout.on('error', () => this.#enough())
   }
 
   title(text: string): void {
@@ -49,6 +51,10 @@ export class Report {
 
   #interrupt(): void {
     if (this.#interrupted) process.exit(130)
+    this.#enough()
+  }
+
+  #enough(): void {
     this.#interrupted = true
     this.#wake()
   }

@@ -20,7 +20,8 @@ export interface EngineProxy extends AsyncDisposable {
 export async function startEngineProxy(path: string): Promise<EngineProxy> {
   const socketPath = (process.env['DOCKER_HOST'] ?? '').replace(/^unix:\/\//, '') || '/var/run/docker.sock'
   const proxy = { dockerHost: `unix://${path}`, hook: (() => 'pass') as Hook }
-  const server = createServer((incoming, outgoing) => pass(incoming, outgoing, socketPath, proxy))
+  // The engine takes request lines of up to 1 MiB, and gets them: dockerode repeats a create's body in its query.
+  const server = createServer({ maxHeaderSize: 1 << 20 }, (incoming, outgoing) => pass(incoming, outgoing, socketPath, proxy))
   server.listen(path)
   await once(server, 'listening')
   return Object.assign(proxy, {

@@ -42,11 +42,13 @@ async function sweepFolder(folder: string): Promise<void> {
   await rm(folder, { recursive: true, force: true })
 }
 
-function ownerOf(name: string): string | undefined {
+/** The process id in a name of ours. */
+export function ownerOf(name: string): string | undefined {
   return new RegExp(`^${namePrefix}(\\d+)-`).exec(name)?.[1]
 }
 
-function isOver(owner: string | undefined): boolean {
+/** Whether that process has ended. */
+export function isOver(owner: string | undefined): boolean {
   return owner !== undefined && !existsSync(`/proc/${owner}`)
 }
 

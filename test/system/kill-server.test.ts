@@ -53,7 +53,7 @@ t.test('killed at any time', async (t) => {
   const random = randomOf(t)
   await using internet = await startInternet()
   await using stack = await startStack({ internet })
-  for (let kill = 0; kill < sized(6, 60); kill++) {
+  for (let kill = 0; kill < sized(3, 60); kill++) {
     const after = random.between(0, 1500)
     await t.test(`${after} ms into a create`, async (t) => {
       const created = stack.api.call('POST', '/v1/sandboxes', body).catch(() => undefined)
@@ -77,7 +77,7 @@ async function deniedPlaceIsReal(t: Test, internet: Internet, stack: Stack): Pro
 async function callsOfCreate(proxy: EngineProxy, stack: Stack): Promise<EngineCall[]> {
   const calls: EngineCall[] = []
   proxy.hook = (call, moment) => {
-    if (moment === 'before') calls.push({ ...call, path: decodeURIComponent(call.path).replace(/[0-9a-f]{64}/, '<id>').replace(/\?.*/, '') })
+    if (moment === 'before') calls.push({ ...call, path: call.path.replace(/\?.*/, '').replace(/[0-9a-f]{64}/, '<id>') })
     return 'pass'
   }
   const reply = await stack.api.call<{ id: string }>('POST', '/v1/sandboxes', body)

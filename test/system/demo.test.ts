@@ -1,0 +1,68 @@
+/** The demonstration, as a user runs it: once with its own checks, once until Ctrl-C, once where it cannot work. */
+import { execa } from 'execa'
+import t, { type Test } from 'tap'
+import { labels } from '#policies/wire.ts'
+import { needs } from '#test/support/abilities.ts'
+import { docker } from '#test/support/containers.ts'
+import { hostLink, netns } from '#test/support/internet-layout.ts'
+import { isOver, namePrefix, ownerOf } from '#test/support/leftovers.ts'
+import { root } from '#test/support/program.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(180_000)
+
+t.test('--once', async (t) => {
+  const { pid, exitCode, stdout } = await demo(['--once'])
+  t.equal(exitCode, 0, 'ends well', { stdout })
+  t.match(stdout, /\n {2}(\d+) checks passed, 0 failed, everything removed/)
+  for (const line of ['allowed name', 'denied name', 'denied address', 'metadata address', 'HTTP by host name', 'WebSocket by path', 'HTTP by header']) t.match(stdout, new RegExp(`ok +${line}`), line)
+  await nothingLeft(t, pid)
+})
+
+t.test('until Ctrl-C', async (t) => {
+  const child = execa({ cwd: root, reject: false, timeout: 120_000, stderr: 'inherit' })`${process.execPath} test/demo/main.ts`
+  let shown = ''
+  await new Promise<void>((resolve, reject) => {
+    child.stdout.on('data', (text: Buffer) => {
+      shown += text.toString()
+      if (shown.includes('Ctrl-C ends it')) resolve()
+    })
+    child.stdout.on('end', () => reject(new Error(`it ended by itself:\n${shown}`)))
+  })
+  const commands = shown.split('\n').map((line) => line.trim()).filter((line) => line.startsWith('curl '))
+  t.ok(commands.length >= 4, 'it prints commands to try', { shown })
+  for (const command of commands) t.match((await execa({ shell: true, timeout: 10_000 })`${command} -sS -f -o /dev/null -w %{http_code}`).stdout, '200', command)
+  const pid = child.pid ?? 0
+  child.kill('SIGINT')
+  t.match(await child, { exitCode: 0 }, 'Ctrl-C is a good end')
+  await nothingLeft(t, pid)
+})
+
+t.test('into a pipe that closes', async (t) => {
+  const script = '"$0" test/demo/main.ts --once | head -n 5 >/dev/null; echo "${PIPESTATUS[0]}"'
+  const child = execa({ cwd: root, timeout: 120_000 })`bash -c ${script} ${process.execPath}`
+  t.equal((await child).stdout, '130', 'it ends as after Ctrl-C')
+  t.same((await docker.listContainers({ all: true })).filter(({ Labels }) => isOver(ownerOf(Labels[labels.instance] ?? ''))), [], 'no container is left')
+})
+
+t.test('no engine', async (t) => {
+  const { pid, exitCode, stdout } = await demo(['--once'], { DOCKER_HOST: 'unix:///nowhere/docker.sock' })
+  t.equal(exitCode, 1)
+  t.match(stdout, /FAIL server and gateway[^]*\n {2}\d+ checks passed, 1 failed: server and gateway/, 'the step that failed is named')
+  await nothingLeft(t, pid)
+})
+
+async function demo(args: readonly string[], env: Record<string, string> = {}): Promise<{ pid: number; exitCode: number | undefined; stdout: string }> {
+  const child = execa({ cwd: root, env, reject: false, timeout: 120_000, stderr: 'inherit' })`${process.execPath} test/demo/main.ts ${args}`
+  const { exitCode, stdout } = await child
+  return { pid: child.pid ?? 0, exitCode, stdout }
+}
+
+async function nothingLeft(t: Test, pid: number): Promise<void> {
+  const own = `${namePrefix}${pid}-`
+  t.same((await docker.listContainers({ all: true })).filter(({ Labels }) => Labels[labels.instance]?.startsWith(own)), [], 'no container is left')
+  t.same((await docker.listNetworks()).filter(({ Name }) => Name.startsWith(own)), [], 'no network')
+  t.notMatch((await execa`ip netns list`).stdout, netns, 'no namespace')
+  t.notMatch((await execa`ip -brief link`).stdout, hostLink, 'no link')
+  t.notMatch((await execa`ps -e -o args`).stdout, own, 'no program')
+}
