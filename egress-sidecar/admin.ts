@@ -15,6 +15,9 @@ export type AdminDeps = {
   readonly unready: () => string
   readonly changed: (change: Change) => void
   readonly refused: (refusal: PolicyRefusal) => void
+  /** Looks into the kernel: why the sidecar does not enforce right now; empty when it does. */
+  readonly inspect: () => Promise<string>
+  readonly metrics: () => string
 }
 
 export type Admin = { readonly port: number; close(): Promise<void> }
@@ -69,9 +72,22 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
     const { egress, defaultAction } = keeper.policy
     return policyAnswer({ policy: keeper.policy, rules: [] }, { enforcementMode: deps.enforcementMode }, deps, { policy: { egress, defaultAction } })
   }
+  const effective = (): Response => {
+    const keeper = deps.keeper()
+    if (keeper === null) return fail(503, 'not ready')
+    const { policy, always } = keeper
+    return json({ enforcementMode: deps.enforcementMode, defaultAction: policy.defaultAction, egress: [...always.deny, ...always.allow, ...policy.egress], operatorRules: always.deny.length + always.allow.length })
+  }
+  const ready = async (): Promise<Response> => {
+    const problem = deps.unready() || (await deps.inspect())
+    return problem === '' ? { status: 200, body: 'ready', headers: plain } : fail(503, problem)
+  }
   const health = (): Response => (deps.unready() === '' ? { status: 200, body: 'ok', headers: plain } : fail(503, deps.unready()))
   return new Map<string, Route>([
     ['/policy', { auth: true, methods: { GET: get, POST: change('put'), PUT: change('put'), PATCH: change('patch'), DELETE: change('remove') } }],
+    ['/policy/effective', { auth: true, methods: { GET: effective } }],
+    ['/metrics', { auth: true, methods: { GET: () => ({ status: 200, body: deps.metrics(), headers: { 'content-type': 'text/plain; version=0.0.4; charset=utf-8' } }) } }],
+    ['/readyz', { auth: true, methods: { GET: ready } }],
     ['/healthz', { auth: false, methods: { '*': health } }],
   ])
 }

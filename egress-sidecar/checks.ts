@@ -7,7 +7,7 @@ import { randomBytes } from 'node:crypto'
 import { createSocket } from 'node:dgram'
 import { connect } from 'node:net'
 import type { Nft } from './nft.ts'
-import { dnsPort, listStatement } from './ruleset.ts'
+import { dnsPort, listStatements } from './ruleset.ts'
 
 /** Questions seen by the listener while the checks run; answered with an empty reply. */
 export type Probe = {
@@ -37,19 +37,18 @@ export async function failedChecks(input: CheckInput): Promise<string[]> {
   return [rules, redirect, elsewhere, loop].filter((problem) => problem !== null)
 }
 
-async function rulesPresent({ nft, filter, denyByDefault }: CheckInput): Promise<string | null> {
-  const listing = await nft.apply([listStatement])
-  const nat = chainOf(listing, 'nat')
-  const egress = chainOf(listing, 'egress')
+/** Why the kernel does not hold our rules; null when it does. */
+export async function rulesPresent({ nft, filter, denyByDefault }: Pick<CheckInput, 'nft' | 'filter' | 'denyByDefault'>): Promise<string | null> {
+  const [nat = '', egress = ''] = (await Promise.all(listStatements.map((statement) => nft.apply([statement])))).map(chainOf)
   const policy = filter && denyByDefault ? 'drop' : 'accept'
   const redirects = nat.startsWith('type nat hook output priority -110;') && nat.endsWith(`redirect to :${dnsPort}`)
   const filters = egress.startsWith(`type filter hook output priority filter; policy ${policy};`) && (policy === 'accept' || egress.endsWith('goto denied'))
   return redirects && filters ? null : 'the rules are not in the kernel as they were written'
 }
 
-/** The lines of a chain in nft's listing. */
-function chainOf(listing: string, name: string): string {
-  const start = listing.indexOf(`\tchain ${name} {\n`)
+/** The lines of the one chain in nft's listing. */
+function chainOf(listing: string): string {
+  const start = listing.indexOf('\tchain ')
   return start === -1 ? '' : listing.slice(listing.indexOf('\n', start), listing.indexOf('\n\t}', start)).trim()
 }
 

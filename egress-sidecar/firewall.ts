@@ -22,6 +22,8 @@ export type Opened = 'open' | 'stale' | 'failed'
 export type Firewall = {
   /** The policy the kernel enforces now. */
   readonly rules: Rules
+  /** Addresses remembered from answers. */
+  readonly learned: number
   /** Kernel first: when it resolves, addresses that only the old policy allowed are shut and `rules` is the new one. */
   replace(rules: Rules): Promise<void>
   /** Opens addresses that `name` led to, for `seconds`, as judged under `rules`. */
@@ -155,6 +157,9 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   return {
     get rules() {
       return rules
+    },
+    get learned() {
+      return learned.size
     },
     replace(wanted) {
       replacing++

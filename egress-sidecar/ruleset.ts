@@ -116,7 +116,7 @@ export function forgetStatements(address: string): string[] {
 }
 
 /** What `checks.ts` reads the installed rules back with. */
-export const listStatement = `list table ${table}`
+export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`]
 
 function familyOf(address: string): Family {
   return address.includes(':') ? families[1] : families[0]

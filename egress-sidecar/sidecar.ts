@@ -8,14 +8,15 @@ import { performance } from 'node:perf_hooks'
 import { compilePolicy } from '#policies/compile.ts'
 import { listenAdmin, type Admin } from './admin.ts'
 import { createAlwaysFiles } from './always-files.ts'
-import { answer } from './answer.ts'
-import { failedChecks } from './checks.ts'
+import { answer, type Outcome } from './answer.ts'
+import { failedChecks, rulesPresent } from './checks.ts'
 import type { Config } from './config.ts'
 import { chooseExemption, type ChosenExemption } from './exemption.ts'
-import { createFirewall } from './firewall.ts'
+import { createFirewall, type Firewall } from './firewall.ts'
 import { listenDns, type DnsListener, type Handler } from './listen.ts'
 import { createAddressJudge, knownResolvers } from './judge.ts'
 import type { Log } from './log.ts'
+import { createMetrics } from './metrics.ts'
 import { createNft, type Nft } from './nft.ts'
 import { emptyReply, rcodes, readQuestion } from './packet.ts'
 import { readPolicyFile } from './policy-file.ts'
@@ -43,8 +44,10 @@ const reloadMs = 30_000
 
 export function createSidecar(config: Config, log: Log): Sidecar {
   const filter = config.mode === 'dns+nft'
+  const metrics = createMetrics()
   let unready = 'not ready'
   let nft: Nft | null = null
+  let firewall: Firewall | null = null
   let keeper: PolicyKeeper | null = null
   let resolver: UdpResolver | null = null
   let listener: DnsListener | null = null
@@ -73,8 +76,13 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       token: config.token,
       enforcementMode: config.mode,
       unready: () => unready,
-      changed: ({ policy, rules }) => log.event('info', 'egress.updated', 'egress policy updated', { 'egress.default': policy.defaultAction, rules }),
+      changed: ({ policy, rules }) => {
+        metrics.policyChanged()
+        log.event('info', 'egress.updated', 'egress policy updated', { 'egress.default': policy.defaultAction, rules })
+      },
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
+      inspect: async () => (await rulesPresent({ nft: kernel, filter, denyByDefault: firewall?.rules.defaultAction === 'deny' }).catch((error: Error) => error.message)) ?? '',
+      metrics: () => metrics.text({ learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0 }),
     })
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
@@ -89,13 +97,17 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] } }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
-    const firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now })
+    const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now }))
     // 5. proof
     const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => asking.ask(query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
-    const answerDeps = { resolver: asking, firewall, mayOpen, now, report: log.outcome }
+    const report = (outcome: Outcome): void => {
+      metrics.outcome(outcome)
+      log.outcome(outcome)
+    }
+    const answerDeps = { resolver: asking, firewall: guard, mayOpen, now, report }
     handler = (message, transport) => answer(message, transport, answerDeps)
-    const kept = (keeper = createPolicyKeeper(policy, always, { firewall, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
+    const kept = (keeper = createPolicyKeeper(policy, always, { firewall: guard, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
     reloader = setInterval(() => void reload(kept), reloadMs)
     unready = ''
     log.event('info', 'egress.loaded', 'egress policy loaded', { 'egress.default': policy.defaultAction, rules: policy.egress, mode: config.mode, exemption: exemption.kind, exemption_why: exemption.why, ipv6 })

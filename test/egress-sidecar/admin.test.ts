@@ -17,7 +17,7 @@ async function setUp(t: Test, given: Partial<AdminDeps> = {}) {
     return { policy, rules: [], ...(reason === undefined ? {} : { reason }) }
   }
   const keeper: PolicyKeeper = { policy, always: { deny: [], allow: [] }, put: take('put'), patch: take('patch'), remove: take('remove', 'no matching targets found'), reload: async () => false }
-  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, ...given })
+  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, inspect: async () => '', metrics: () => 'egress_x 1\n', ...given })
   t.teardown(() => admin.close())
   const call = (method: string, path: string, body = '', headers: Record<string, string> = {}): Promise<Answer> =>
     new Promise((resolve, reject) => {
@@ -72,6 +72,18 @@ t.test('who may', async (t) => {
   t.equal((await call('GET', '/healthz')).status, 200, 'health needs none')
   for (const headers of [{ origin: 'http://evil.example' }, { 'sec-fetch-site': 'cross-site' }]) t.equal((await call('POST', '/policy', '{}', { 'opensandbox-egress-auth': 'secret', ...headers })).status, 403, 'a browser\'s page')
   t.same(bodies, [])
+})
+
+t.test('looking in', async (t) => {
+  let problem = ''
+  const { call } = await setUp(t, { inspect: async () => problem })
+  t.same(JSON.parse((await call('GET', '/policy/effective')).text), { enforcementMode: 'dns+nft', defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }], operatorRules: 0 })
+  t.same(await call('GET', '/metrics').then(({ status, text }) => [status, text]), [200, 'egress_x 1\n'])
+  t.same(await call('GET', '/readyz').then(({ status, text }) => [status, text]), [200, 'ready'])
+  problem = 'the rules are gone'
+  t.same(await call('GET', '/readyz').then(({ status, text }) => [status, text]), [503, 'the rules are gone\n'])
+  const closed = await setUp(t, { token: 'secret' })
+  for (const path of ['/policy/effective', '/metrics', '/readyz']) t.equal((await closed.call('GET', path)).status, 401, path)
 })
 
 t.test('not ready yet', async (t) => {

@@ -41,6 +41,7 @@ async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply
       get rules() {
         return current
       },
+      learned: 0,
       replace: async () => undefined,
       async open(name, addresses, seconds) {
         seen.opened.push({ name, addresses, seconds })

@@ -31,7 +31,7 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
   const outcomes: Outcome[] = []
   const deps: AnswerDeps = {
     resolver: { ask: async (query) => ((asked = query), null) },
-    firewall: { rules, replace: async () => undefined, open: async () => 'open' },
+    firewall: { rules, learned: 0, replace: async () => undefined, open: async () => 'open' },
     mayOpen: (_, address) => address,
     now: () => 0,
     report: (outcome) => outcomes.push(outcome),

@@ -90,6 +90,11 @@ t.test('the policy changes: at once, also for connections that are open', async 
   t.equal(after[4]?.rcode, 3)
   t.equal(space.seen.filter((line) => line.saw === 'bytes').length, bytes + 1, 'nothing more arrived over the cut connection')
 
+  const look = (path: string): Promise<string> => space.run('curl', '-s', '-m', '5', '-H', token, `http://127.0.0.1:18080${path}`)
+  t.match(await look('/metrics'), /egress_dns_questions_total\{result="denied"\} 1\n/)
+  t.equal(await look('/readyz'), 'ready')
+  t.match(await look('/policy/effective'), /"egress":\[\{"action":"allow","target":"\*\.fine\.example"\}\]/)
+
   t.match(await api(space, 'PATCH', JSON.stringify([{ action: 'deny', target: '198.18.0.0/16' }]), token), /200$/)
   t.same((await space.ask({ write: second?.stream ?? 0 }, { connect: '198.18.0.2' })).map((told) => told.result), ['closed', 'ECONNREFUSED'], 'a deny of the network cuts, too')
 })
@@ -114,6 +119,13 @@ t.test('it ends: nothing opens', async (t) => {
     t.notOk(after.some((told) => ['answered', 'open', 'echo'].includes(told.result)), `${signal}: ${after.map((told) => told.result).join(' ')}`)
     t.same(space.seen.slice(start), [])
   }
+})
+
+t.test('rules that somebody deleted are missed', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  await space.run('nft', 'flush', 'chain', 'inet', 'opensandbox', 'nat')
+  t.match(await space.run('curl', '-s', '-m', '5', 'http://127.0.0.1:18080/readyz'), /the rules are not in the kernel/)
 })
 
 t.test('started again in the same namespace', async (t) => {

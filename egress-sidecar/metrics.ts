@@ -1,0 +1,51 @@
+/** Counters in Prometheus' text format (0.0.4). All names are here. */
+import { results, type Outcome } from './answer.ts'
+
+export type Metrics = {
+  outcome(outcome: Outcome): void
+  policyChanged(): void
+  text(gauges: { readonly learned: number; readonly rules: number }): string
+}
+
+/** Seconds; the interesting part is what a question costs beyond its upstream. */
+const buckets = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5] as const
+
+export function createMetrics(): Metrics {
+  const questions = new Map<string, number>(results.map((result) => [result, 0]))
+  const denials = new Map<string, number>()
+  const counts = new Float64Array(buckets.length + 1)
+  let sum = 0
+  let changes = 0
+
+  return {
+    outcome({ result, verdict, took }) {
+      questions.set(result, (questions.get(result) ?? 0) + 1)
+      if (result === 'denied') {
+        denials.set(verdict.reason, (denials.get(verdict.reason) ?? 0) + 1)
+        return
+      }
+      const seconds = took / 1000
+      sum += seconds
+      const bucket = buckets.findIndex((limit) => seconds <= limit)
+      counts[bucket === -1 ? buckets.length : bucket]! += 1
+    },
+    policyChanged: () => void changes++,
+    text({ learned, rules }) {
+      const lines: string[] = []
+      const metric = (name: string, type: string, help: string, samples: readonly (readonly [labels: string, value: number])[]): void => {
+        lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...samples.map(([labels, value]) => `${labels.startsWith('_') ? name + labels : `${name}${labels}`} ${value}`))
+      }
+      metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', [...questions].map(([result, count]) => [`{result="${result}"}`, count]))
+      metric('egress_policy_denied_total', 'counter', 'denied DNS questions by reason', [...denials].map(([reason, count]) => [`{reason="${reason}"}`, count]))
+      let below = 0
+      const histogram = buckets.map((limit, i): readonly [string, number] => [`_bucket{le="${limit}"}`, (below += counts[i] as number)])
+      const all = below + (counts[buckets.length] as number)
+      metric('egress_dns_query_duration_seconds', 'histogram', 'time from an allowed question to its outcome', [...histogram, ['_bucket{le="+Inf"}', all], ['_sum', sum], ['_count', all]])
+      metric('egress_policy_updates_total', 'counter', 'policies put into force since the start', [['', changes]])
+      metric('egress_policy_rules', 'gauge', "rules of the user's policy", [['', rules]])
+      metric('egress_learned_addresses', 'gauge', 'addresses remembered from answers', [['', learned]])
+      metric('process_resident_memory_bytes', 'gauge', 'resident memory', [['', process.memoryUsage.rss()]])
+      return `${lines.join('\n')}\n`
+    },
+  }
+}
