@@ -39,7 +39,10 @@ async function demonstrate(): Promise<number> {
     else await stayUp(stack, sandbox)
   } catch (error) {
     if (!(error instanceof Stopped)) throw error
-    if (error.message === 'interrupted') return 130
+    if (error.message === 'interrupted') {
+      report.line('\n  interrupted: everything removed')
+      return 130
+    }
     report.line(`\n  ${report.passed} checks passed, 1 failed: ${error.message}`)
     return 1
   }

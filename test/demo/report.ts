@@ -26,19 +26,18 @@ export class Report {
 
   /**
    * Runs one step and prints a line with what it returns. A step is never cut short, so that whatever it makes is known to the
-   * clean-up; an interrupt counts after it.
+   * clean-up; an interrupt counts before the next one.
    * @throws Stopped when the step failed or the user pressed Ctrl-C
    */
   async step<T>(name: string, work: () => Promise<T>, show: (value: T) => string = () => ''): Promise<T> {
+    if (this.#interrupted) throw new Stopped('interrupted')
     const begin = performance.now()
     try {
       const value = await work()
       this.passed++
       this.line(`    ${this.#paint('32', 'ok  ')} ${name.padEnd(22)} ${this.#paint('2', this.#since(begin))}  ${show(value)}`)
-      if (this.#interrupted) throw new Stopped('interrupted')
       return value
     } catch (error) {
-      if (error instanceof Stopped) throw error
       this.line(`    ${this.#paint('31', 'FAIL')} ${name.padEnd(22)} ${this.#since(begin)}\n\n${indent(error instanceof Error ? error.message : String(error))}`)
       throw new Stopped(name)
     }

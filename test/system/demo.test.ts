@@ -20,15 +20,7 @@ t.test('--once', async (t) => {
 })
 
 t.test('until Ctrl-C', async (t) => {
-  const child = execa({ cwd: root, reject: false, timeout: 120_000, stderr: 'inherit' })`${process.execPath} test/demo/main.ts`
-  let shown = ''
-  await new Promise<void>((resolve, reject) => {
-    child.stdout.on('data', (text: Buffer) => {
-      shown += text.toString()
-      if (shown.includes('Ctrl-C ends it')) resolve()
-    })
-    child.stdout.on('end', () => reject(new Error(`it ended by itself:\n${shown}`)))
-  })
+  const { child, shown } = await demoUntil('Ctrl-C ends it')
   const commands = shown.split('\n').map((line) => line.trim()).filter((line) => line.startsWith('curl '))
   t.ok(commands.length >= 4, 'it prints commands to try', { shown })
   for (const command of commands) t.match((await execa({ shell: true, timeout: 10_000 })`${command} -sS -f -o /dev/null -w %{http_code}`).stdout, '200', command)
@@ -37,6 +29,15 @@ t.test('until Ctrl-C', async (t) => {
   t.match(await child, { exitCode: 0 }, 'Ctrl-C is a good end')
   await nothingLeft(t, pid)
 })
+
+for (const line of ['small internet', 'server and gateway', 'WebSocket by path']) {
+  t.test(`Ctrl-C right after "${line}"`, async (t) => {
+    const { child } = await demoUntil(line)
+    child.kill('SIGINT')
+    t.match(await child, { exitCode: 130 })
+    await nothingLeft(t, child.pid ?? 0)
+  })
+}
 
 t.test('into a pipe that closes', async (t) => {
   const script = '"$0" test/demo/main.ts --once | head -n 5 >/dev/null; echo "${PIPESTATUS[0]}"'
@@ -51,6 +52,20 @@ t.test('no engine', async (t) => {
   t.match(stdout, /FAIL server and gateway[^]*\n {2}\d+ checks passed, 1 failed: server and gateway/, 'the step that failed is named')
   await nothingLeft(t, pid)
 })
+
+/** Starts it and comes back when it has printed these words. */
+async function demoUntil(words: string) {
+  const child = execa({ cwd: root, reject: false, timeout: 120_000, stderr: 'inherit' })`${process.execPath} test/demo/main.ts`
+  let shown = ''
+  await new Promise<void>((resolve, reject) => {
+    child.stdout.on('data', (text: Buffer) => {
+      shown += text.toString()
+      if (shown.includes(words)) resolve()
+    })
+    child.stdout.on('end', () => reject(new Error(`it ended by itself:\n${shown}`)))
+  })
+  return { child, shown }
+}
 
 async function demo(args: readonly string[], env: Record<string, string> = {}): Promise<{ pid: number; exitCode: number | undefined; stdout: string }> {
   const child = execa({ cwd: root, env, reject: false, timeout: 120_000, stderr: 'inherit' })`${process.execPath} test/demo/main.ts ${args}`
