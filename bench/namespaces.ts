@@ -10,7 +10,7 @@ export type Island = { readonly name: string; readonly address: string; readonly
 
 /**
  * Makes the namespace of the upstream and one island per name. Each island reaches the upstream under an address of its own subnet,
- * 198.51.100.0/30 and upwards, and nothing else. Leftovers of an earlier, killed run go first: their programs have died with it.
+ * 198.51.100.0/30 and upwards, and nothing else. Leftovers of an earlier, killed run go first.
  */
 export async function makeIslands(names: readonly string[], cleanups: Cleanups): Promise<{ upstream: string; islands: Island[] }> {
   const upstream = `${prefix}upstream`
@@ -40,7 +40,18 @@ async function join(upstream: string, name: string, index: number): Promise<Isla
 
 async function removeNamespaces(names: readonly string[]): Promise<void> {
   const existing = new Set((await ip('netns', 'list')).split('\n').map((line) => line.split(' ')[0]))
-  for (const name of names) if (existing.has(name)) await ip('netns', 'delete', name)
+  for (const name of names.filter((name) => existing.has(name))) {
+    for (const pid of (await ip('netns', 'pids', name)).split('\n').filter((line) => line !== '')) endProcess(Number(pid))
+    await ip('netns', 'delete', name)
+  }
+}
+
+function endProcess(pid: number): void {
+  try {
+    process.kill(pid, 'SIGKILL')
+  } catch {
+    // It was faster.
+  }
 }
 
 function ip(...args: string[]): Promise<string> {

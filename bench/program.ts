@@ -19,7 +19,8 @@ const stopTimeout = 5_000
 const ticksPerSecond = 100
 
 /**
- * Starts a program and waits until it is ready. It dies with us, however we die (PR_SET_PDEATHSIG).
+ * Starts a program and waits until it is ready. It dies with us, however we die (PR_SET_PDEATHSIG), unless it changes
+ * its own credentials, as dnsmasq does.
  * @throws Error with the end of its output when it exits or is not ready within 20 s
  */
 export async function startProgram(file: string, args: readonly string[], { env = {}, namespace, ready }: Start): Promise<Program> {
@@ -91,11 +92,13 @@ export function accepts(port: number): () => Promise<boolean> {
 /** Things to undo, newest first. One that fails does not keep the others; what comes after the end is undone at once. */
 export class Cleanups {
   readonly #undo: (() => Promise<void>)[] = []
+  readonly #errors: unknown[] = []
   #over = false
+  #running = Promise.resolve()
 
   add(undo: () => Promise<void>): void {
     this.#undo.push(undo)
-    if (this.#over) void this.run()
+    if (this.#over) this.run().catch(() => undefined)
   }
 
   /** Starts a program that ends with the others. */
@@ -105,11 +108,13 @@ export class Cleanups {
     return program
   }
 
-  /** @throws AggregateError with everything that could not be undone */
+  /** A second call waits for the first. @throws AggregateError with everything that could not be undone */
   async run(): Promise<void> {
     this.#over = true
-    const errors: unknown[] = []
-    for (let undo = this.#undo.pop(); undo !== undefined; undo = this.#undo.pop()) await undo().catch((error: unknown) => errors.push(error))
-    if (errors.length > 0) throw new AggregateError(errors, 'the bench could not clean up')
+    this.#running = this.#running.then(async () => {
+      for (let undo = this.#undo.pop(); undo !== undefined; undo = this.#undo.pop()) await undo().catch((error: unknown) => this.#errors.push(error))
+    })
+    await this.#running
+    if (this.#errors.length > 0) throw new AggregateError(this.#errors, 'the bench could not clean up')
   }
 }

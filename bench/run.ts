@@ -54,10 +54,12 @@ async function measureFunction(file: string): Promise<string> {
 /** Starts what the target needs, measures, and takes it all down again, whatever happens. */
 async function measureTarget(target: Target, { seconds, rounds }: Options): Promise<string> {
   const cleanups = new Cleanups()
+  let leaving: Promise<void> | null = null
   const interrupted = (signal: NodeJS.Signals): void => {
-    void cleanups.run().finally(() => process.exit(signal === 'SIGINT' ? 130 : 143))
+    leaving ??= cleanups.run().finally(() => process.exit(signal === 'SIGINT' ? 130 : 143))
   }
-  process.once('SIGINT', interrupted).once('SIGTERM', interrupted)
+  // Not `once`: a listener that is gone by then lets execa's own end the process before anything is undone.
+  process.on('SIGINT', interrupted).on('SIGTERM', interrupted)
   try {
     progress(`${target.title}: starting`)
     const { loads, notes } = await target.start({ seconds }, cleanups)
@@ -66,8 +68,9 @@ async function measureTarget(target: Target, { seconds, rounds }: Options): Prom
     return parts.join('\n')
   } finally {
     progress('')
+    // Interrupted: what failed here failed because its programs were ended.
+    await (leaving ?? cleanups.run())
     process.removeListener('SIGINT', interrupted).removeListener('SIGTERM', interrupted)
-    await cleanups.run()
   }
 }
 

@@ -53,5 +53,6 @@ t.test('clean-up goes backwards, past failures, and takes what comes late', asyn
   await t.rejects(cleanups.run(), /could not clean up/)
   t.same(undone, [3, 1])
   cleanups.add(async () => { undone.push(4) })
+  await t.rejects(cleanups.run(), /could not clean up/)
   t.same(undone, [3, 1, 4], 'a start that was interrupted leaves nothing')
 })
