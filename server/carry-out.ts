@@ -3,6 +3,7 @@ import type { Config } from './config.ts'
 import { mainSpec, type ContainerSpec } from './container-spec.ts'
 import type { CreateRequest } from './create-request.ts'
 import type { Found } from './docker.ts'
+import type { EgressProbe } from './egress-probe.ts'
 import type { Execd } from './execd.ts'
 import { egressMember, mainMember, type Fact, type SandboxRecord } from './group.ts'
 import type { Images } from './images.ts'
@@ -38,10 +39,10 @@ export type Made = { readonly record: SandboxRecord; readonly request: CreateReq
 type Deps = { readonly config: Config; readonly instance: string; readonly engine: Containers; readonly workshop: Workshop }
 type Act = Extract<Step, { do: 'create' | 'start' | 'confirm' | 'remove' }>
 
-export type Tools = { readonly images: Images; readonly network: SandboxNetwork; readonly confirm: ConfirmRules; readonly execd: Execd | null }
+export type Tools = { readonly images: Images; readonly network: SandboxNetwork; readonly confirm: ConfirmRules; readonly execd: Execd | null; /** null: what the egress image promises is believed. */ readonly probe: Pick<EgressProbe, 'ensure'> | null }
 
 /** Images, network and execd. @param progress gets what is being waited for */
-export function createWorkshop(config: Config, { images, network, confirm, execd }: Tools): Workshop {
+export function createWorkshop(config: Config, { images, network, confirm, execd, probe }: Tools): Workshop {
   return {
     confirm,
     network,
@@ -54,7 +55,7 @@ export function createWorkshop(config: Config, { images, network, confirm, execd
         network.ensure(),
         execd?.prepare(record.platform, pulling('of execd')),
         ...wanted.map((image) => images.ensure(image, pulling(image.reference))),
-      ])
+      ]).then(() => (record.egress === null ? undefined : probe?.ensure()))
       // A pull is shared and goes on; only this sandbox stops waiting for it.
       const stop = Promise.withResolvers<never>()
       const onAbort = (): void => stop.reject(signal.reason)

@@ -6,6 +6,7 @@ import { ConfigError } from '#policies/config.ts'
 import { createWorkshop } from './carry-out.ts'
 import { readConfig, type Config } from './config.ts'
 import { Docker } from './docker.ts'
+import { EgressProbe } from './egress-probe.ts'
 import { Execd } from './execd.ts'
 import { Groups } from './groups.ts'
 import { HostGuard } from './host-guard.ts'
@@ -37,6 +38,11 @@ const ports = new HostPorts(config.server.host)
 const images = new Images(engine)
 const execd = config.runtime.execd_image === undefined ? null : new Execd(config.runtime.execd_image, { engine, images, instance })
 const sidecars = new SidecarClient(config.egress.ready_seconds * 1000)
+const probe = config.egress.probe === 'off' ? null : new EgressProbe(config, {
+  engine, instance, network, confirm: sidecars.confirm,
+  proved: { get: () => store.note('egress-proof'), set: (proof) => store.setNote('egress-proof', proof) },
+  report: (event, detail) => log[/failed/.test(event) ? 'warn' : 'info']({ event, ...detail }),
+})
 let guardFault = ''
 
 await network.guard().catch((error: unknown) => {
@@ -45,7 +51,7 @@ await network.guard().catch((error: unknown) => {
 
 const groups = new Groups({
   config, instance, store, engine, ports,
-  workshop: createWorkshop(config, { images, network, confirm: sidecars.confirm, execd }),
+  workshop: createWorkshop(config, { images, network, confirm: sidecars.confirm, execd, probe }),
   now: Date.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),

@@ -1,4 +1,5 @@
 /** The Docker network sandboxes are on: our own, made on demand and guarded, or the one the operator named. */
+import ipaddr from 'ipaddr.js'
 import { labels } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 import type { Config } from './config.ts'
@@ -16,6 +17,9 @@ export type NetworkDeps = { readonly engine: Networks; readonly guard: HostGuard
 
 /** How sandboxes are kept apart; shown by readiness. */
 export type Isolation = 'isolated' | 'host guard off' | 'default bridge: neighbours are not isolated' | 'named network: neighbours are not isolated'
+
+/** RFC 7600: assigned so that nobody ever has it. */
+const dummyAddress = '192.0.0.8'
 
 export class SandboxNetwork {
   readonly name: string
@@ -43,6 +47,15 @@ export class SandboxNetwork {
       throw error
     })
     return (await this.#ready).name
+  }
+
+  /** An address of the network that nobody has: Docker hands addresses out from the other end. */
+  emptyAddress(): string {
+    const subnet = this.#subnets.find((candidate) => !candidate.includes(':'))
+    if (subnet === undefined) return dummyAddress
+    const [base, prefix] = ipaddr.IPv4.parseCIDR(subnet)
+    const [a = 0, b = 0, c = 0, d = 0] = ipaddr.IPv4.broadcastAddressFromCIDR(`${base.toString()}/${prefix}`).octets
+    return `${a}.${b}.${c}.${d - 1}`
   }
 
   /** Somebody removed the network, or the engine was away: look again before the next create. */

@@ -32,12 +32,20 @@ export class Store {
 
   /** Whose objects these are: the configured name, else one made once. */
   instance(configured: string | undefined, make: () => string): string {
-    if (configured !== undefined) return configured
-    const row = this.#db.prepare("SELECT value FROM meta WHERE key = 'instance'").get()
-    if (row !== undefined) return row.value as string
+    const known = configured ?? this.note('instance')
+    if (known !== null) return known
     const made = make()
-    this.#write(() => this.#db.prepare("INSERT INTO meta (key, value) VALUES ('instance', ?)").run(made))
+    this.setNote('instance', made)
     return made
+  }
+
+  /** A fact about this server that must survive, null while unknown. */
+  note(key: 'instance' | 'egress-proof'): string | null {
+    return (this.#db.prepare('SELECT value FROM meta WHERE key = ?').get(key)?.value as string | undefined) ?? null
+  }
+
+  setNote(key: 'instance' | 'egress-proof', value: string): void {
+    this.#write(() => this.#db.prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value').run(key, value))
   }
 
   all(): SandboxRecord[] {

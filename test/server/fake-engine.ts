@@ -107,6 +107,10 @@ export class FakeEngine {
     return this.#do(`pull ${reference}`, () => void this.images.add(reference))
   }
 
+  ping(): Promise<{ version: string }> {
+    return this.#do('ping', () => ({ version: '20.10' }))
+  }
+
   network(): Promise<NetworkFact | null> {
     return this.#do('network', () => this.networkFact)
   }

@@ -186,6 +186,21 @@ t.test('the policy of a running sandbox', { timeout: 60_000 }, async (t) => {
   t.equal((await stack.api.get(sandbox.id))?.status.state, 'Running', 'a sidecar that was held for a moment is still the same')
 })
 
+t.test('an egress image that holds nothing back is found out', { timeout: 120_000 }, async (t) => {
+  const image = `sallyport/test-no-guard:${process.pid}`
+  const base = await docker.createContainer({ Image: 'sallyport/sandbox:local' })
+  const script = 'require("http").createServer((request, response) => response.end("ok")).listen(18080)'
+  await base.commit({ repo: image.split(':')[0]!, tag: image.split(':')[1]!, changes: `ENTRYPOINT ${JSON.stringify(['node', '-e', script])}` })
+  await base.remove()
+  t.teardown(() => docker.getImage(image).remove({ force: true }))
+  await using stack = await startStack({ internet: nowhere, config: { egress: { image } } })
+  const reply = await stack.api.call('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {}, ...policy })
+  t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: /cannot tell itself from the sandbox/ } })
+  t.same([await stack.api.list(), await stack.containers()], [[], []], 'and nothing of it is left')
+  await stack.create({ entrypoint: ['sleep', '3600'] })
+  t.equal((await stack.containers()).length, 1, 'without a policy nobody relies on it')
+})
+
 t.test('labels', { timeout: 60_000 }, async (t) => {
   await using stack = await startStack({ internet: nowhere })
   const sandbox = await stack.create({ ...policy, metadata: { team: 'x' } })

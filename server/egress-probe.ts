@@ -1,0 +1,142 @@
+/**
+ * Proves, once per boot, engine and egress image, that a sidecar's exemption is its own: a second container in the same
+ * namespace asks the sidecar's upstream directly. The upstream is an address of the sandbox network where nobody is, so
+ * an answer can only come from the sidecar's proxy, to which the question was redirected; a question that was let
+ * through is never answered. How the kernel tells the two apart depends on the host, so it is tried and not assumed.
+ */
+import { readFileSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
+import { labels } from '#policies/wire.ts'
+import { ApiError } from './api-error.ts'
+import type { Containers } from './carry-out.ts'
+import type { Config } from './config.ts'
+import { groupLabels, securityOptions, type ContainerSpec } from './container-spec.ts'
+import type { SandboxRecord } from './group.ts'
+import { containerName, groupHash, newSandboxId, newToken } from './ids.ts'
+import { sidecarSpec } from './sidecar.ts'
+import type { ConfirmRules } from './sidecar-client.ts'
+
+/** What is asked of the engine; implemented by `Docker`. */
+export type ProbeEngine = Pick<Containers, 'create' | 'start' | 'address' | 'examine' | 'remove'> & {
+  ping(): Promise<{ version: string }>
+  image(reference: string): Promise<{ id: string } | null>
+}
+export type ProbeDeps = {
+  readonly engine: ProbeEngine
+  readonly instance: string
+  readonly confirm: ConfirmRules
+  /** What was proved last, for which boot, engine and image; kept in the store. */
+  readonly proved: { get(): string | null; set(proof: string): void }
+  readonly network: { readonly name: string; emptyAddress(): string }
+  readonly report: (event: string, detail: Record<string, unknown>) => void
+}
+
+const role = 'probe'
+const patience = 15_000
+const pollPause = 50
+
+export class EgressProbe {
+  readonly #config: Config
+  readonly #deps: ProbeDeps
+  #proof: Promise<string> | null = null
+
+  constructor(config: Config, deps: ProbeDeps) {
+    this.#config = config
+    this.#deps = deps
+  }
+
+  /** The image, the network and the host were proved together when this resolves. @throws ApiError: then nobody may rely on them */
+  async ensure(): Promise<void> {
+    const wanted = await this.#wanted()
+    if (this.#deps.proved.get() === wanted) return
+    this.#proof ??= this.#prove(wanted).finally(() => { this.#proof = null })
+    await this.#proof
+  }
+
+  async #wanted(): Promise<string> {
+    const [{ version }, image] = await Promise.all([this.#deps.engine.ping(), this.#deps.engine.image(this.#config.egress.image ?? '')])
+    return [readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim(), version, image?.id, this.#config.egress.mode, this.#deps.network.name].join(' ')
+  }
+
+  /** Twice: a sweep removes containers of ours that belong to no sandbox, and may find these. */
+  async #prove(wanted: string): Promise<string> {
+    const exitCode = await this.#try().catch(() => this.#try())
+    if (exitCode !== 0) {
+      this.#deps.report('egress-probe-failed', { exitCode })
+      throw new ApiError('DOCKER::SANDBOX_START_FAILED', 'On this host the egress sidecar cannot tell itself from the sandbox: a policy would not hold, so none is offered.')
+    }
+    this.#deps.proved.set(wanted)
+    this.#deps.report('egress-proved', { proof: wanted })
+    return wanted
+  }
+
+  async #try(): Promise<number> {
+    const { engine, instance, network, confirm } = this.#deps
+    const address = network.emptyAddress()
+    const record = probeRecord()
+    const made: string[] = []
+    const run = async (spec: ContainerSpec): Promise<string> => {
+      const id = await engine.create(spec)
+      made.unshift(id)
+      await engine.start(id)
+      return id
+    }
+    try {
+      const sidecar = await run(sidecarSpec({ ...this.#config, upstreams: [{ address, port: 53 }] }, instance, network.name, record))
+      await confirm(await engine.address(sidecar), record.egress?.token ?? '', AbortSignal.timeout(patience))
+      const probe = await run(this.#spec(record.id, sidecar, address))
+      return await this.#exitCode(record.id, probe)
+    } finally {
+      for (const id of made) await engine.remove(id).catch(() => undefined)
+    }
+  }
+
+  async #exitCode(id: string, containerId: string): Promise<number> {
+    const deadline = Date.now() + patience
+    while (Date.now() < deadline) {
+      const found = await this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
+      const probe = found.find((container) => container.containerId === containerId)
+      if (probe === undefined) throw new Error('the probe was removed')
+      if (probe.exitCode !== null) return probe.exitCode
+      await delay(pollPause)
+    }
+    return -1
+  }
+
+  /** With the rights of a sandbox, from the one image that is sure to be there and to hold node. */
+  #spec(id: string, sidecar: string, address: string): ContainerSpec {
+    const { docker, egress } = this.#config
+    return {
+      name: containerName(id, role), image: egress.image ?? '', labels: { ...groupLabels(this.#deps.instance, id, role), [labels.egressSidecarFor]: id },
+      env: [], entrypoint: ['node'], cmd: ['-e', probeScript(address)],
+      network: { join: sidecar }, publish: new Map(), publishAddress: '', dns: [], sysctls: {},
+      capAdd: [], capDrop: [...new Set([...docker.drop_capabilities, 'NET_ADMIN', 'NET_RAW'])], securityOpt: securityOptions(docker), cgroupns: 'private',
+      memory: egress.memory_bytes, nanoCpus: 0, pids: egress.pids_limit, gpus: 0, readOnly: true, platform: null,
+    }
+  }
+}
+
+/** Asks for the root's name servers over UDP and TCP. Exit code 0: both answered. */
+export function probeScript(address: string): string {
+  return `
+    const question = Buffer.from('5a5a010000010000000000000000020001', 'hex')
+    const fits = (message) => { if (message.length < 12 || message.readUInt16BE(0) !== 0x5a5a || message[2] < 128) throw new Error('no answer to the question') }
+    const udp = new Promise((resolve, reject) => {
+      const socket = require('node:dgram').createSocket('udp4').on('error', reject).on('message', (message) => { fits(message); socket.close(resolve) })
+      socket.send(question, 53, ${JSON.stringify(address)})
+    })
+    const tcp = new Promise((resolve, reject) => {
+      const socket = require('node:net').connect(53, ${JSON.stringify(address)}).on('error', reject).on('data', (data) => { fits(data.subarray(2)); socket.destroy(); resolve() })
+      socket.write(Buffer.concat([Buffer.from([0, question.length]), question]))
+    })
+    setTimeout(() => process.exit(4), 5000)
+    Promise.all([udp, tcp]).then(() => process.exit(0), () => process.exit(3))`
+}
+
+function probeRecord(): SandboxRecord {
+  return {
+    id: newSandboxId(), phase: 'creating', announced: false, reason: null, message: null, createdAt: 0, changedAt: 0, expiresAt: null, keepUntil: null,
+    image: '', entrypoint: [], metadata: null, platform: null, egress: { token: newToken(), policy: { defaultAction: 'deny', egress: [] } },
+    secureAccessToken: null, hostPorts: {}, renewExtendSeconds: null,
+  }
+}

@@ -1,0 +1,69 @@
+/** The proof that a sandbox cannot pass for its sidecar: asked for once, believed only when it was seen. */
+import t from 'tap'
+import { labels } from '#policies/wire.ts'
+import { EgressProbe } from '../../server/egress-probe.ts'
+import { gatewayToml, readToml } from './bench.ts'
+import { FakeEngine } from './fake-engine.ts'
+
+type Setting = { exitCode: number | null; engine: FakeEngine; proof: { value: string | null }; events: string[]; confirm?: () => Promise<void> }
+
+function probeOf({ exitCode, engine, proof, events, confirm = async () => undefined }: Setting): EgressProbe {
+  engine.after = (call) => { if (call === 'start probe' && exitCode !== null) engine.end(engine.find('probe'), exitCode) }
+  return new EgressProbe(readToml(gatewayToml), {
+    engine, instance: 'bench', confirm,
+    proved: { get: () => proof.value, set: (value) => void (proof.value = value) },
+    network: { name: 'sallyport', emptyAddress: () => '172.30.255.254' },
+    report: (event) => void events.push(event),
+  })
+}
+const setting = (exitCode: number | null): Setting => ({ exitCode, engine: new FakeEngine(), proof: { value: null }, events: [] })
+const starts = (engine: FakeEngine): number => engine.calls.filter((call) => call === 'start probe').length
+
+t.test('proved once, for everybody who waits and for the next server', async (t) => {
+  const given = setting(0)
+  const probe = probeOf(given)
+  await Promise.all([probe.ensure(), probe.ensure()])
+  await probe.ensure()
+  await probeOf(given).ensure()
+  t.equal(starts(given.engine), 1)
+  t.equal(given.engine.kept.size, 0, 'nothing is left of it')
+  t.same(given.events, ['egress-proved'])
+  given.engine.ping = async () => ({ version: '29' })
+  await probe.ensure()
+  t.equal(starts(given.engine), 2, 'another engine is proved again')
+})
+
+t.test('what the probe is', async (t) => {
+  const given = setting(0)
+  let spec: unknown
+  let sidecar: unknown
+  given.engine.before = (call) => {
+    if (call === 'start probe') spec = given.engine.kept.get(given.engine.find('probe'))?.spec
+    if (call === 'start egress') sidecar = given.engine.kept.get(given.engine.find('egress'))?.spec
+  }
+  await probeOf(given).ensure()
+  t.match(spec, { network: { join: /^c/ }, capAdd: [], cgroupns: 'private', labels: { [labels.instance]: 'bench' } }, "a sandbox's rights, not the sidecar's")
+  t.ok((spec as { capDrop: string[] }).capDrop.includes('NET_RAW'))
+  t.ok((sidecar as { env: string[] }).env.includes('OPENSANDBOX_EGRESS_DNS_UPSTREAM=172.30.255.254:53'), 'the upstream is where nobody is')
+  t.ok((sidecar as { env: string[] }).env.includes('OPENSANDBOX_EGRESS_RULES={"defaultAction":"deny","egress":[]}'))
+})
+
+t.test('not proved: refused, every time', async (t) => {
+  for (const exitCode of [3, 4, 127]) {
+    const given = setting(exitCode)
+    const probe = probeOf(given)
+    for (const attempt of [1, 2]) await t.rejects(probe.ensure(), { code: 'DOCKER::SANDBOX_START_FAILED' }, `exit code ${exitCode}, attempt ${attempt}`)
+    t.equal(given.proof.value, null)
+    t.equal(given.engine.kept.size, 0)
+    t.same(given.events, ['egress-probe-failed', 'egress-probe-failed'])
+  }
+})
+
+t.test('disturbed by a sweep: tried again', async (t) => {
+  const given = setting(0)
+  let failures = 1
+  const probe = probeOf({ ...given, confirm: async () => { if (failures-- > 0) throw new Error('the sidecar was removed') } })
+  await probe.ensure()
+  t.equal(starts(given.engine), 1)
+  t.equal(given.engine.kept.size, 0)
+})
