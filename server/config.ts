@@ -192,6 +192,7 @@ function crossCheck(config: Config): Problem[] {
   if (docker.network_mode.toLowerCase() === 'host' || docker.network_mode === 'none' || docker.network_mode.startsWith('container:')) {
     problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
   }
+  if (docker.adopt) problems.push({ path: 'docker.adopt', reason: 'taking over sandboxes of the original server is not available' })
   for (const [index, item] of docker.floor.entries()) {
     if (!ipaddr.isValid(item) && !ipaddr.isValidCIDR(item)) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
   }

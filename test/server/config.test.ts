@@ -30,6 +30,7 @@ t.test('refused', async (t) => {
     ['a secret that is not base64', gatewayToml.replace('c2VjcmV0', '!!'), [/^ingress\.secure_access\.keys\[0\]: .*base64/]],
     ['host networking', `${key}[docker]\nnetwork_mode = "host"`, [/^docker\.network_mode: "host" gives a sandbox no network namespace/]],
     ['a resolver that is a name', `${key}[egress]\ndns_upstreams = ["dns.example", "127.0.0.53"]`, [/^egress\.dns_upstreams\[0\]/, /^egress\.dns_upstreams\[1\]: a loopback address/]],
+    ['what is not built is not promised', `${key}[docker]\nadopt = true`, [/^docker\.adopt: .*not available/]],
     ['a floor that is no network', `${key}[docker]\nfloor = ["metadata"]`, [/^docker\.floor\[0\]/]],
     ['a key file that is missing', '[server]\napi_key_file = "/no/such/file"', [/^server\.api_key_file: cannot be read: ENOENT/, /^server\.api_key/]],
     ['no TOML', '[server', [/is not TOML: line/]],
