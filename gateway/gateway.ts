@@ -6,7 +6,8 @@ import { performance } from 'node:perf_hooks'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
 import type { GatewayConfig } from './config.ts'
-import { asksForWebSocket, finish, handle, handleUpgrade, type Edge } from './handle.ts'
+import type { Edge } from './edge.ts'
+import { asksForWebSocket, finish, handle, handleUpgrade } from './handle.ts'
 import { Locator } from './locate.ts'
 import { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
@@ -89,6 +90,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     connectionsCheckingInterval: Math.min(config.headerTimeout, 2_000),
     maxHeaderSize: config.maxHeaderBytes,
     noDelay: true,
+    // A response of 64 KiB fits without waiting for the client.
     highWaterMark: 128 * 1024,
     keepAlive: true,
     requireHostHeader: true,
@@ -193,11 +195,17 @@ function answerClientError(edge: Edge, error: NodeJS.ErrnoException, socket: Soc
     socket.destroy()
     return
   }
+  // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it.
+  const peer = peerOf(socket, edge.trustedProxies)
+  if (peer.open > 0) {
+    socket.destroy()
+    return
+  }
   const tooLarge = error.code === 'HPE_HEADER_OVERFLOW'
   const [status, text] = tooLarge ? [431, 'the header section is too large'] : error.code === 'ERR_HTTP_REQUEST_TIMEOUT' ? [408, 'the request did not arrive in time'] : [400, 'the request is malformed']
   const code = tooLarge ? 'EDGE_HEADERS_TOO_LARGE' : 'EDGE_BAD_REQUEST'
   edge.metrics.malformed(code)
-  edge.access?.(malformedLine(peerOf(socket, edge.trustedProxies).address, status, code, Date.now()))
+  edge.access?.(malformedLine(peer.address, status, code, Date.now()))
   answerRaw(socket, status, `OpenSandbox Ingress: ${text}\n`)
 }
 

@@ -11,6 +11,8 @@ export type Peer = {
   readonly localPort: string
   /** The connection ends with the answer under way: whatever the client sent behind that request is not a request. */
   closing: boolean
+  /** Requests of this connection that have not ended. */
+  open: number
 }
 
 const peerKey = Symbol('peer')
@@ -23,7 +25,7 @@ export function peerOf(socket: KnownSocket, trusted: NetworkTable): Peer {
 function readPeer(socket: Socket, trusted: NetworkTable): Peer {
   const remote = socket.remoteAddress ?? ''
   const address = remote.startsWith('::ffff:') && remote.includes('.') ? remote.slice(7) : remote
-  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false }
+  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: 0 }
 }
 
 /** The client a chain of trusted proxies speaks for: the last address in X-Forwarded-For that is not a proxy of ours. */

@@ -257,6 +257,20 @@ t.test('a client that leaves cancels the request, in every phase', async (t) => 
   }
 })
 
+t.test('a malformed body never puts an error text into an answer under way', async (t) => {
+  await using upstream = await startHttp((_request, response) => {
+    response.writeHead(200, { 'content-length': 1000 })
+    response.write('begun')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(`POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n`)
+  await client.until((c) => c.received.endsWith('begun'))
+  client.send('nonsense\r\n')
+  t.ok((await client.untilClosed()).endsWith('begun'), 'the connection ends, and nothing else')
+  client.close()
+})
+
 t.test('1xx and trailers pass, 100 is ours', async (t) => {
   await using upstream = await startHttp((request, response) => {
     response.writeEarlyHints({ link: '</a.css>; rel=preload', 'x-more': '1' })

@@ -1,0 +1,32 @@
+/** What every request of one gateway meets: its table, its limits, its log. Made once, in `gateway.ts`. */
+import type { AccessKeys } from '#policies/access.ts'
+import type { NetworkTable } from '#policies/address.ts'
+import type { Locator } from './locate.ts'
+import type { Metrics } from './metrics.ts'
+import type { HttpRelay } from './relay-http.ts'
+import type { UpgradeOptions, UpgradeRelay } from './relay-upgrade.ts'
+import type { RouteTable } from './routes.ts'
+import type { FailureThrottle } from './throttle.ts'
+import type { UpstreamGuard } from './upstream-guard.ts'
+
+export type Edge = {
+  readonly table: RouteTable
+  readonly locator: Locator
+  readonly guard: UpstreamGuard
+  readonly throttle: FailureThrottle
+  readonly metrics: Metrics
+  readonly upgrades: UpgradeRelay
+  readonly relays: Set<HttpRelay>
+  readonly relayOptions: UpgradeOptions
+  readonly trustedProxies: NetworkTable
+  readonly keys: () => AccessKeys
+  /** Refuse unknown sandboxes and refused access alike, so that nobody learns which ids exist. */
+  readonly hideMissing: boolean
+  /** Browsers may enter by cookie in URI mode. */
+  readonly uriCookies: boolean
+  readonly draining: () => boolean
+  readonly overloaded: () => boolean
+  /** Takes one access line, newline included; null: none is wanted. */
+  readonly access: ((line: string) => void) | null
+  readonly nextRequestId: () => string
+}

@@ -1,0 +1,68 @@
+/** Which header fields of a sandbox's response cross the gateway, and what changes on the way: cookies too wide, references in URI mode. */
+import { connectionOptions } from './headers.ts'
+
+/** Response fields that end here. RFC 9110 §7.6.1; `trailer` is decided by the relay, which knows the framing. */
+const responseHops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'transfer-encoding', 'upgrade'])
+
+export type ResponseFields = Readonly<Record<string, string | string[] | undefined>>
+
+/**
+ * The end-to-end fields of a sandbox's response as a flat list for writeHead; repeated ones stay apart.
+ * @param fields lower-case names, as undici parsed them
+ * @param rewrite null outside URI mode: what to do with Location, Refresh and the Path of cookies
+ * @param ownHost the host name the client used: a cookie may not reach further than it
+ */
+export function responseFields(fields: ResponseFields, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string[] {
+  const out: string[] = []
+  const named = fields['connection']
+  const dropped = named !== undefined && named !== 'keep-alive' && named !== 'close' ? connectionOptions(String(named)) : null
+  for (const name in fields) {
+    if (responseHops.has(name) || (dropped !== null && dropped.has(name))) continue
+    const value = fields[name] as string | string[]
+    if (typeof value === 'string') out.push(name, rewriteField(name, value, rewrite, ownHost))
+    else for (const one of value) out.push(name, rewriteField(name, one, rewrite, ownHost))
+  }
+  return out
+}
+
+function rewriteField(name: string, value: string, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string {
+  if (name === 'set-cookie') {
+    const narrowed = narrowCookie(value, ownHost)
+    return rewrite === null ? narrowed : rewrite(name, narrowed)
+  }
+  return rewrite !== null && (name === 'location' || name === 'refresh' || name === 'content-location') ? rewrite(name, value) : value
+}
+
+/** Takes a Domain that is not the sandbox's own host off a cookie: with it, one sandbox could set cookies for its neighbours. */
+export function narrowCookie(cookie: string, ownHost: string): string {
+  if (!cookie.includes(';')) return cookie
+  const parts = cookie.split(';')
+  const kept = parts.filter((part, index) => {
+    if (index === 0) return true
+    const equals = part.indexOf('=')
+    const name = (equals === -1 ? part : part.slice(0, equals)).trim().toLowerCase()
+    return name !== 'domain' || part.slice(equals + 1).trim().toLowerCase() === ownHost
+  })
+  return kept.length === parts.length ? cookie : kept.join(';')
+}
+
+/**
+ * Moves root-relative references of a response below the prefix that URI mode took off the path.
+ * @param prefix for example `/my-sandbox/8080`, with token or signature where the client came in with one
+ * @param plain the same without: the sandbox was told this one, and may have used it
+ * @param authority the sandbox's own `host:port`, as an application may write it into an absolute Location
+ */
+export function prefixRewriter(prefix: string, plain: string, authority: string): (name: string, value: string) => string {
+  const below = (path: string, base: string): boolean => path === base || path.startsWith(`${base}/`)
+  const under = (path: string): string => (below(path, prefix) ? path : prefix + (below(path, plain) ? path.slice(plain.length) : path))
+  const reference = (value: string): string => {
+    if (value.startsWith('/')) return value.startsWith('//') ? value : under(value)
+    const own = `http://${authority}`
+    return value === own || value.startsWith(`${own}/`) ? under(value.slice(own.length) || '/') : value
+  }
+  return (name, value) => {
+    if (name === 'set-cookie') return value.replace(/(;\s*path=)(\/[^;]*)/i, (_all, lead: string, path: string) => lead + (path === '/' ? `${prefix}/` : under(path)))
+    if (name === 'refresh') return value.replace(/^(\s*[\d.]+\s*[;,]\s*url\s*=\s*)(['"]?)(.*)$/i, (_all, lead: string, quote: string, url: string) => lead + quote + reference(url))
+    return reference(value)
+  }
+}
