@@ -1,7 +1,7 @@
 /** The sidecar ends, however it ends: nothing more comes out of its sandbox, and the sandbox ends with it. */
 import t, { type Test } from 'tap'
 import { needs } from '#test/support/abilities.ts'
-import { attackCommand, attackTogether, packetsTo } from '#test/support/attack.ts'
+import { attackCommand, attackTogether, packetsTo, questionsFor } from '#test/support/attack.ts'
 import { docker } from '#test/support/containers.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
@@ -10,6 +10,7 @@ import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
 await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
 t.setTimeout(230_000)
 
+const resolver = '198.51.100.53'
 const allowed = '198.51.100.30'
 const denied = '198.51.100.31'
 const zones = { 'allowed.example': { a: ['198.51.100.32'] } }
@@ -17,7 +18,7 @@ const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', targe
 /** The sandbox knocks at both places fifty times a second, from its first moment to its last. */
 const entrypoint = attackCommand('beacon', allowed, denied)
 
-const everyWayOut = [['tcp', allowed, '443'], ['udp', allowed, '443'], ['tcp', denied, '443'], ['tcp', 'allowed.example', '443'], ['ask', 'allowed.example', '198.51.100.53'], ['ask', 'allowed.example', '127.0.0.11']]
+const everyWayOut = [['tcp', allowed, '443'], ['udp', allowed, '443'], ['tcp', denied, '443'], ['tcp', 'allowed.example', '443'], ['ask', 'allowed.example', resolver], ['ask', 'allowed.example', '127.0.0.11']]
 
 const ends: [how: string, end: (sidecar: string) => Promise<unknown>][] = [
   ['killed', (sidecar) => docker.getContainer(sidecar).kill()],
@@ -49,10 +50,13 @@ t.test('while there is no server', async (t) => {
       const sandbox = await knocking(internet, stack)
       await stack.server.stop('SIGKILL')
       await end(sandbox.sidecar!)
+      await eventually('Docker has taken the network away', async () => ((await sandbox.run(['cat', '/proc/net/dev'])).stdout.includes('eth0') ? undefined : true))
       await internet.forget()
       const said = await attackTogether(sandbox.main, everyWayOut)
       t.notMatch(said, /ok/, 'nothing answers any more', { said })
-      t.same(await internet.flows(), [], 'nothing arrives, from the attempts or from the knocking that goes on')
+      // A sidecar that was restarted asks its own resolver whether it is there.
+      t.same((await internet.flows()).filter(({ to }) => to !== resolver), [], 'nothing arrives, from the attempts or from the knocking that goes on')
+      t.equal(questionsFor(await internet.questions(), 'allowed.example'), 0, 'nor does a question')
       await stack.startServer()
       await endsWithItsGuard(t, internet, stack, sandbox)
     })
