@@ -22,11 +22,7 @@ export class ClientStream extends Duplex {
   constructor(socket: Socket) {
     super({ allowHalfOpen: true, highWaterMark: 64 * 1024 })
     this.#socket = socket
-    socket.on('data', (chunk: Buffer) => {
-      this.lastByteAt = performance.now()
-      this.bytesIn += chunk.length
-      if (!this.push(chunk)) socket.pause()
-    })
+    socket.on('data', this.#onData)
     socket.on('end', () => this.push(null))
     socket.on('error', () => this.destroy())
     socket.on('close', () => this.destroy())
@@ -53,6 +49,12 @@ export class ClientStream extends Duplex {
     if (this.#left) return
     this.#left = true
     this.#socket.write(goingAway)
+  }
+
+  readonly #onData = (chunk: Buffer): void => {
+    this.lastByteAt = performance.now()
+    this.bytesIn += chunk.length
+    if (!this.push(chunk)) this.#socket.pause()
   }
 
   override _read(): void {
@@ -85,7 +87,9 @@ export class ClientStream extends Duplex {
   }
 
   override _destroy(error: Error | null, callback: (error: Error | null) => void): void {
-    if (this.#open && !this.#socket.destroyed) this.#socket.destroy()
+    // Before the tunnel stands the socket still has to carry a refusal: it is only let go.
+    this.#socket.off('data', this.#onData)
+    if (this.#open) this.#socket.destroy()
     callback(error)
   }
 

@@ -25,7 +25,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   answer[visitKey] = visit
   answer.edge = edge
   visit.peer.open++
-  response.on('close', onClose)
+  response.on('close', onClose).on('error', ignore)
 
   // 2. What needs no sandbox.
   if (answersItself(visit, request.url as string)) return
@@ -105,6 +105,11 @@ function onRefusal(visit: Visit, fault: Fault): void {
 export function endUpgrade(edge: Edge, visit: Visit, fault: Fault): void {
   refuse(visit, fault.code, fault.detail, true)
   finish(edge, visit)
+}
+
+/** A write that met a connection just gone: `close` follows and says all there is to say. */
+function ignore(): void {
+  return undefined
 }
 
 /** Emitted once per response, whether it was completed or its client went away. */

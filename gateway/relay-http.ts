@@ -269,6 +269,7 @@ export class HttpRelay implements Dispatcher.DispatchHandler {
   }
 
   onResponseData(controller: Dispatcher.DispatchController, chunk: Buffer): void {
+    if (this.#over) return
     const visit = this.#visit
     this.#bodyBegun = true
     visit.bytesOut += chunk.length

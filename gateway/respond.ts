@@ -45,6 +45,9 @@ export function breakOff(visit: Visit): void {
   else socket.destroy()
 }
 
+/** ms a client has to take a refused upgrade and close. */
+const lingerMs = 1_000
+
 /** The same for a request whose response object Node has already handed over to us as a bare socket. */
 function refuseUpgrade(visit: Visit, code: FaultCode, detail: string): void {
   const { socket } = visit
@@ -55,6 +58,10 @@ function refuseUpgrade(visit: Visit, code: FaultCode, detail: string): void {
   const headers = faultHeaders(visit, code, type, body)
   for (let i = 0; i < headers.length; i += 2) head += `${headers[i]}: ${headers[i + 1]}\r\n`
   socket.end(`${head}connection: close\r\n\r\n${body}`)
+  // Reads on, so that the client's end is seen and no unread byte turns ours into a reset.
+  socket.resume()
+  const timer = setTimeout(() => socket.destroy(), lingerMs)
+  socket.once('close', () => clearTimeout(timer))
 }
 
 function faultHeaders(visit: Visit, code: FaultCode, type: string, body: string): string[] {

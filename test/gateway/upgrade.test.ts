@@ -206,6 +206,20 @@ t.test('no sandbox behind the route: readable, and 503 for a failed dial', async
   await eventually(() => gateway.lines.length === 7, 'refused upgrades are logged, too')
 })
 
+t.test('a refused upgrade leaves no connection behind, even when the client stays', async (t) => {
+  const gone = await startRaw(() => undefined)
+  await gone[Symbol.asyncDispose]()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const clients = ['/nobody/80/', `/a/${gone.port}/`].map((target) => new RawClient(gateway.port).send(`${handshake(target)}and more`))
+  for (const client of clients) await client.until((c) => c.ended)
+  await eventually(() => gateway.lines.length === 2, 'both logged')
+  const connections = async (): Promise<string | undefined> => /client_connections (\d+)/.exec(await gateway.gateway.metrics.registry.metrics())?.[1]
+  let open = await connections()
+  for (const until = Date.now() + 5_000; open !== '0' && Date.now() < until; open = await connections()) await new Promise((resolve) => setTimeout(resolve, 50))
+  t.equal(open, '0')
+  for (const client of clients) client.close()
+})
+
 t.test('caps per client and per sandbox', async (t) => {
   await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
   for (const option of ['maxUpgradesPerClient', 'maxUpgradesPerSandbox'] as const) {
