@@ -63,6 +63,8 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   const learned = new Map<string, Learned>()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
+  /** Addresses that a policy took away are still banned by name in the kernel. */
+  let banned = false
   let rules = initial
   let generation = 1
   let next: Batch | null = null
@@ -87,7 +89,8 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     const shut = [...unwanted]
     let result: Opened = 'open'
     try {
-      await nft.apply([...shut.flatMap((address) => forgetStatements(address)), ...openStatements(batch.elements, batch.known)])
+      await nft.apply([...(shut.length > 0 || banned ? forgetStatements(shut) : []), ...openStatements(batch.elements, batch.known)])
+      banned = false
       for (const address of shut) unwanted.delete(address)
     } catch {
       result = 'failed'
@@ -149,9 +152,18 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
       next.settle('stale')
       next = null
     }
-    // A packet that was inside the old chain at that moment may have renewed its address just behind the deletion. It has left the
-    // chain by now. Should this fail, the next transaction does it.
-    if (lost.length > 0) await nft.apply(lost.flatMap((address) => forgetStatements(address)), replaceTimeoutMs).then(() => lost.forEach((address) => unwanted.delete(address)), () => undefined)
+    // A packet that was inside the old chain at that moment may have renewed its address just behind the deletion, and its connection
+    // would then be taken for one of the new policy. Hence the ban. The packet has left the chain by now. Should this fail, the next
+    // transaction does it.
+    if (lost.length === 0) return
+    banned = true
+    try {
+      await nft.apply(forgetStatements(lost), replaceTimeoutMs)
+      banned = false
+      for (const address of lost) unwanted.delete(address)
+    } catch {
+      // Fails closed: the addresses stay banned until then.
+    }
   }
 
   return {

@@ -1,12 +1,14 @@
 /**
  * Rules to nft statements. Pure. One table of our own, `inet opensandbox`, IPv4 and IPv6 alike:
  *
+ *   arrive  (prerouting, -150)                    marks connections that somebody outside began
  *   nat     (output, -110, before Docker's own)   port 53 of the namespace goes to our listener
  *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
  *   exempt                                        the sidecar's own way to its resolvers
  *   denied                                        says no at once instead of letting the client wait
  *
- * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules.
+ * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules; those that a new policy takes away are in
+ * `shut_v4/v6` until no packet can renew them any more.
  * Addresses and networks have sets of their own: nft reads every plain interval set back before each command (8 ms with 4,096
  * elements), hash sets and concatenated ones it does not (0.35 ms); hence `addr . protocol` for networks.
  */
@@ -46,6 +48,14 @@ export function leaseSeconds(ttl: number): number {
 /** More than the learned table ever holds (`firewall.ts`). */
 const learnedSetSize = 65536
 
+/**
+ * Connections that came from outside, told by their first packet and not by the direction in the kernel's table: root in the sandbox can
+ * make the namespace forget a flow (its table overflows) that the NAT of the host still knows, and what the other side then sends looks
+ * as if it had begun the flow. Beyond every generation.
+ */
+const inbound = '0x80000000'
+const repliesToOutside = `meta l4proto tcp ct state established ct direction reply ct mark ${inbound} accept`
+
 const table = 'inet opensandbox'
 const chains = ['nat', 'egress', 'exempt', 'denied'] as const
 const dockerResolver = '127.0.0.11'
@@ -66,21 +76,25 @@ export function bootStatements(): string[] {
     `add chain ${table} nat { type nat hook output priority -110; policy accept; }`,
     `add chain ${table} egress { type filter hook output priority 0; policy drop; }`,
     ...families.map((f) => `add set ${table} dyn_allow_v${f.n} { type ${f.type}; flags dynamic,timeout; timeout ${lease.most}s; size ${learnedSetSize}; }`),
+    ...families.map((f) => `add set ${table} shut_v${f.n} { type ${f.type}; }`),
     ...families.flatMap((f) => ['allow', 'deny'].flatMap((action) => addSets(action, f))),
     ...families.map((f) => `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`),
-    `add rule ${table} egress ct state established,related ct direction reply accept`,
+    `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
+    `add rule ${table} arrive iifname != "lo" ct state new tcp flags & (fin | syn | rst | ack) == syn ct mark set ${inbound}`,
+    `add rule ${table} egress ${repliesToOutside}`,
     `add rule ${table} egress oifname "lo" accept`,
   ]
 }
 
-/** The whole policy in one transaction; learned addresses stay, except the forgotten ones. */
+/** The whole policy in one transaction; learned addresses stay, except the forgotten ones, which are shut until `forgetStatements`. */
 export function policyStatements(input: RulesetInput, forget: readonly string[] = []): string[] {
   const { rules } = input
   const lists = { allow4: rules.allow4, allow6: rules.allow6, deny4: rules.deny4, deny6: rules.deny6 }
   return [
     ...chains.map((chain) => `flush chain ${table} ${chain}`),
     ...families.flatMap((f) => [...['allow', 'deny'].flatMap((action) => resetSets(action, f, lists[`${action as 'allow' | 'deny'}${f.n}`])), ...resetDoh(f, input.doh.addresses)]),
-    ...forget.flatMap((address) => forgetStatements(address)),
+    ...families.flatMap((f) => addElements(`shut_v${f.n}`, forget.filter((address) => familyOf(address) === f))),
+    ...deleteStatements(forget),
     ...natRules(input).map((rule) => `add rule ${table} nat ${rule}`),
     ...exemptRules(input).map((rule) => `add rule ${table} exempt ${rule}`),
     ...deniedRules.map((rule) => `add rule ${table} denied ${rule}`),
@@ -109,10 +123,17 @@ export function openStatements(elements: ReadonlyMap<string, number>, known: Rea
   return statements
 }
 
-/** Deletes a learned address, whether or not it has expired by now (deleting a missing element would fail). */
-export function forgetStatements(address: string): string[] {
-  const set = `dyn_allow_v${familyOf(address).n}`
-  return [`add element ${table} ${set} { ${address} }`, `delete element ${table} ${set} { ${address} }`]
+/** Deletes learned addresses, and the ban on those that a policy took away before. */
+export function forgetStatements(addresses: readonly string[]): string[] {
+  return [...deleteStatements(addresses), ...families.map((f) => `flush set ${table} shut_v${f.n}`)]
+}
+
+/** Whether or not they have expired by now: deleting a missing element would fail. */
+function deleteStatements(addresses: readonly string[]): string[] {
+  return addresses.flatMap((address) => {
+    const set = `dyn_allow_v${familyOf(address).n}`
+    return [`add element ${table} ${set} { ${address} }`, `delete element ${table} ${set} { ${address} }`]
+  })
 }
 
 /** What `checks.ts` reads the installed rules back with. */
@@ -195,7 +216,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput):
   const mark = `0x${generation.toString(16)}`
   const list: string[] = [
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
-    'ct state established,related ct direction reply accept',
+    repliesToOutside,
     notDockerResolver,
     'oifname "lo" accept',
     // A redirected question still has its first route's interface here, but our address.
@@ -215,6 +236,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput):
   else for (const f of families) list.push(`${f.ip} daddr . meta l4proto @doh_block_v${f.n} th dport 443 goto denied`)
   // Every packet is judged, not only a connection's first: a new deny cuts live connections.
   for (const f of families) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`, `${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
+  for (const f of families) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
   for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
   for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)
   // A connection that was silent for longer than its address's lease may go on; a new handshake on the same ports may not.
