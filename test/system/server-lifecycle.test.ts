@@ -187,13 +187,8 @@ t.test('the policy of a running sandbox', { timeout: 60_000 }, async (t) => {
 })
 
 t.test('an egress image that holds nothing back is found out', { timeout: 120_000 }, async (t) => {
-  const image = `sallyport/test-no-guard:${process.pid}`
-  const base = await docker.createContainer({ Image: 'sallyport/sandbox:local' })
-  const script = 'require("http").createServer((request, response) => response.end("ok")).listen(18080)'
-  await base.commit({ repo: image.split(':')[0]!, tag: image.split(':')[1]!, changes: `ENTRYPOINT ${JSON.stringify(['node', '-e', script])}` })
-  await base.remove()
-  t.teardown(() => docker.getImage(image).remove({ force: true }))
-  await using stack = await startStack({ internet: nowhere, config: { egress: { image } } })
+  await using image = await commitImage({ ENTRYPOINT: ['node', '-e', 'require("http").createServer((request, response) => response.end("ok")).listen(18080)'] })
+  await using stack = await startStack({ internet: nowhere, config: { egress: { image: image.name } } })
   const reply = await stack.api.call('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {}, ...policy })
   t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: /cannot tell itself from the sandbox/ } })
   t.same([await stack.api.list(), await stack.containers()], [[], []], 'and nothing of it is left')
@@ -208,6 +203,15 @@ t.test('labels', { timeout: 60_000 }, async (t) => {
   t.match(Config.Labels, { [labels.id]: sandbox.id, [labels.expiresAt]: /\+00:00$/, [labels.instance]: stack.instance, [labels.role]: 'main', team: 'x', [labels.egressAuthToken]: /./ })
   t.notMatch(Name, sandbox.id.slice(0, 8))
 })
+
+/** An image like the sandbox's, with another entry. */
+async function commitImage(changes: Readonly<Record<string, unknown>>): Promise<{ name: string } & AsyncDisposable> {
+  const [repo, tag] = ['sallyport/test-no-guard', String(process.pid)]
+  const base = await docker.createContainer({ Image: 'sallyport/sandbox:local' })
+  await base.commit({ repo, tag, changes: Object.entries(changes).map(([key, value]) => `${key} ${JSON.stringify(value)}`) })
+  await base.remove()
+  return { name: `${repo}:${tag}`, [Symbol.asyncDispose]: async () => void (await docker.getImage(`${repo}:${tag}`).remove({ force: true })) }
+}
 
 async function connects(container: string, address: string, port: string): Promise<boolean> {
   const script = `import socket; socket.create_connection(("${address}",${port}),timeout=1)`
