@@ -31,7 +31,9 @@ export const guardTable = 'sallyport_host'
  * One transaction, safe to load again and again: sets grow, chains are replaced, counters are kept.
  * - prerouting, before any DNAT: a published port of a neighbour is still an address of the host here.
  * - input: the same for what arrives without NAT; fib types may be missing, this rule never is.
- * - forward: the floor by its original address and by the one after NAT; sandbox to sandbox; anything redirected.
+ * - forward: a handshake that comes back through the NAT of a sandbox's own flow (its namespace may have forgotten the flow, and would
+ *   take it for a connection from outside, whose answers no policy holds); the floor by its original address and by the one after NAT;
+ *   sandbox to sandbox; anything redirected.
  * - bridge: neighbours on one bridge, whose frames never come to the forward hook when br_netfilter is off.
  */
 export function guardText(guarded: Guarded): string {
@@ -58,6 +60,7 @@ export function guardText(guarded: Guarded): string {
     `add counter ${t} to_host`,
     `add counter ${t} to_floor`,
     `add counter ${t} to_neighbour`,
+    `add counter ${t} turned`,
     ...chain(t, 'prerouting', 'prerouting priority -150', [
       'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'fib daddr type != unicast counter name "to_host" drop',
     ]),
@@ -65,6 +68,7 @@ export function guardText(guarded: Guarded): string {
       'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'counter name "to_host" drop',
     ]),
     ...chain(t, 'forward', 'forward priority -10', [
+      'oifname @bridges ct direction reply tcp flags & (syn | ack) == syn counter name "turned" drop',
       'iifname != @bridges accept', 'oifname @isolated counter name "to_neighbour" drop', 'ct state established,related accept', ...toResolver,
       'ct original ip daddr @floor4 counter name "to_floor" drop', 'ip daddr @floor4 counter name "to_floor" drop',
       'ct original ip6 daddr @floor6 counter name "to_floor" drop', 'ip6 daddr @floor6 counter name "to_floor" drop',
