@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import sys
 import time
 
@@ -111,7 +112,7 @@ def option(what, host, port):
         elif what == "packet-info":
             s.settimeout(WAIT)
             info = struct.pack("=I4s4s", loopback, socket.inet_aton("127.0.0.1"), b"\0" * 4)
-            s.sendmsg([b"knock"], [(socket.IPPROTO_IP, socket.IP_PKTINFO, info)], 0, (host, int(port)))
+            s.sendmsg([b"knock"], [(socket.IPPROTO_IP, 8, info)], 0, (host, int(port)))
             return s.recv(512).decode()
         return exchange(s, host, port)
 
@@ -123,7 +124,22 @@ def routed(first, host, port):
         return exchange(s, host, port)
 
 
-def flood(host, port, count="50"):
+def source(sport, kind, host, port):
+    """From a port of our choice."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else socket.SOCK_DGRAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("0.0.0.0", int(sport)))
+        s.settimeout(WAIT)
+        s.connect((host, int(port)))
+        s.sendall(b"knock")
+        said = s.recv(512).decode("latin1")
+        if kind == "tcp":
+            # Gone without TIME_WAIT: the port is free at once.
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return said
+
+
+def flood(host, port, count="50", wait=str(WAIT)):
     """Many at once, in case the first ones outrun the rules."""
     sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(int(count))]
     for s in sockets:
@@ -131,7 +147,7 @@ def flood(host, port, count="50"):
             s.sendto(b"knock", (host, int(port)))
         except OSError:
             pass
-    ready, _, _ = select.select(sockets, [], [], WAIT)
+    ready, _, _ = select.select(sockets, [], [], float(wait))
     return "%d answered" % len(ready)
 
 
@@ -395,6 +411,11 @@ def embedded(name):
                 except OSError as error:
                     said.append(str(error))
     return "; ".join(said) or "no such port"
+
+
+def curl(*words):
+    """The status of one HTTP request."""
+    return subprocess.run(["curl", "-s", "-m", "3", "-o", "/dev/null", "-w", "%{http_code}", *words], capture_output=True).stdout.decode()
 
 
 def sleep(seconds):

@@ -1,0 +1,140 @@
+/**
+ * The sidecar itself: its policy API, which shares the loopback with the sandbox, and its places, which come free when it dies.
+ */
+import t, { type Test } from 'tap'
+import { request } from 'undici'
+import { headerNames } from '#policies/wire.ts'
+import { needs } from '#test/support/abilities.ts'
+import { packetsTo, questionsFor } from '#test/support/attack.ts'
+import { createNetwork, docker, exec } from '#test/support/containers.ts'
+import { fetchThrough, openDoor } from '#test/support/doors.ts'
+import { startInternet } from '#test/support/internet.ts'
+import { eventually } from '#test/support/program.ts'
+import { startStack, type Sandbox } from '#test/support/stack.ts'
+import { cloneGroup, policyToken } from './group.ts'
+import { fire, ownName, ownPlace, resolver } from './range.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
+t.setTimeout(200_000)
+
+const zones = { 'allowed.example': { a: ['198.51.100.10'] }, '*.leak.example': { a: ['198.51.100.66'] } }
+const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: 'allowed.example' }] }
+const allowAll = '{"defaultAction":"allow"}'
+
+/** curl's words for requests that mean to change the policy or to read it. */
+const requests: readonly [why: string, ...words: string[]][] = [
+  ['POST', '-X', 'POST', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['PUT', '-X', 'PUT', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['PATCH', '-X', 'PATCH', '-d', '[{"action":"allow","target":"198.18.0.0/16"}]', 'http://127.0.0.1:18080/policy'],
+  ['DELETE', '-X', 'DELETE', '-d', '["allowed.example"]', 'http://127.0.0.1:18080/policy'],
+  ['reading it', 'http://127.0.0.1:18080/policy'],
+  ['HEAD', '-I', 'http://127.0.0.1:18080/policy'],
+  ['another address of the loopback', '-d', allowAll, 'http://127.6.6.6:18080/policy'],
+  ['an empty token', '-H', 'OPENSANDBOX-EGRESS-AUTH;', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a guessed token', '-H', 'OPENSANDBOX-EGRESS-AUTH: undefined', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['two tokens', '-H', 'OPENSANDBOX-EGRESS-AUTH: a', '-H', 'OPENSANDBOX-EGRESS-AUTH: b', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a token of 15,000 bytes', '-H', `OPENSANDBOX-EGRESS-AUTH: ${'x'.repeat(15_000)}`, '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a token as query', '-d', allowAll, 'http://127.0.0.1:18080/policy?token=x&OPENSANDBOX-EGRESS-AUTH=x'],
+  ['a foreign Host (DNS rebinding)', '-H', 'Host: allowed.example', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a Host that is an address', '-H', 'Host: 169.254.169.254', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ["a browser's cross-site request", '-H', 'Origin: http://allowed.example', '-H', 'Content-Type: text/plain', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['pretending to be a proxy', '-H', 'X-Forwarded-For: 172.17.0.1', '-H', 'X-Real-IP: 127.0.0.1', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['HTTP/1.0', '-0', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['the whole URL as target', '-x', 'http://127.0.0.1:18080', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a double slash', '--path-as-is', '-d', allowAll, 'http://127.0.0.1:18080//policy'],
+  ['dots', '--path-as-is', '-d', allowAll, 'http://127.0.0.1:18080/healthz/../policy'],
+  ['an escaped letter', '-d', allowAll, 'http://127.0.0.1:18080/%70olicy'],
+  ['method override', '-H', 'X-HTTP-Method-Override: POST', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+  ['a body without end', '-H', 'Transfer-Encoding: chunked', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
+]
+
+t.test('the policy API from inside', async (t) => {
+  await using internet = await startInternet({ zones })
+  await using stack = await startStack({ internet, gateways: ['auto'] })
+  const guarded = await stack.create({ networkPolicy })
+  await using network = await createNetwork('control')
+  await using bare = await cloneGroup(network, stack, guarded, { OPENSANDBOX_EGRESS_TOKEN: '' })
+  const token = await policyToken(guarded)
+  const before = await readPolicy(guarded, token)
+
+  const place = ownPlace()
+  await internet.forget()
+  await exec(bare.main, ['curl', '-s', '-m', '3', ...requests[0]!.slice(1)])
+  await fire(bare.main, [['udp', place, '443']])
+  t.ok(packetsTo(await internet.flows(), place) > 0, 'without a token any of these opens everything')
+
+  const ways = [guarded.address, 'localhost', '0.0.0.0'].map((address): [string, ...string[]] => [`by way of ${address}`, '-d', allowAll, `http://${address}:18080/policy`])
+  const all = [...requests, ...ways]
+  const codes = await fire(guarded.main, all.map(([, ...words]) => ['curl', ...words]))
+  for (const [i, [why]] of all.entries()) t.match(codes[i], /^(400|401|403|404|431)$/, `${why}: refused`)
+  await internet.forget()
+  await fire(guarded.main, [['udp', place, '443']])
+  t.equal(packetsTo(await internet.flows(), place), 0, 'nothing is open')
+  t.same(await readPolicy(guarded, token), before, 'and the policy is what it was')
+
+  const gateway = stack.gateways.get('auto')!.url.replace('http://', '')
+  for (const headers of [{}, { [headerNames.egressAuth]: '' }, { [headerNames.egressAuth]: 'x' }, { origin: 'http://allowed.example' }]) {
+    for (const mode of ['wildcard', 'uri', 'header'] as const) {
+      const { status } = await fetchThrough(openDoor(mode, gateway, guarded.id, 18080), '/policy', { method: 'POST', body: Buffer.from(allowAll), headers })
+      t.ok([401, 403].includes(status), `through the gateway, ${mode}, with ${JSON.stringify(headers)}: ${status}`)
+    }
+  }
+  t.same(await readPolicy(guarded, token), before)
+})
+
+t.test('the places of a dead sidecar', async (t) => {
+  await using internet = await startInternet({ zones })
+  await using stack = await startStack({ internet })
+  const free = await stack.create()
+  const baseline = await squat(free, () => Promise.resolve())
+  t.ok(baseline.seen > 100, 'the squatter gets out where there is no sidecar', baseline)
+  for (const signal of ['SIGKILL', 'SIGTERM', 'SIGSTOP'] as const) await takeOver(t, signal)
+
+  async function takeOver(t: Test, signal: string): Promise<void> {
+    const guarded = await stack.create({ networkPolicy })
+    const { seen, said } = await squat(guarded, () => docker.getContainer(guarded.sidecar!).kill({ signal }))
+    t.equal(seen, 0, `${signal}: nothing gets out before, while or after the sidecar ends`, { said })
+    // A sidecar that only hangs keeps its rules and its sandbox.
+    if (signal !== 'SIGSTOP') t.ok(await eventually('the group is gone', async () => ((await stack.containers()).some(({ Id }) => Id === guarded.main) ? undefined : true)), `${signal}: the sandbox goes with its sidecar`)
+  }
+
+  async function squat(sandbox: Sandbox, kill: () => Promise<unknown>): Promise<{ seen: number; said: unknown }> {
+    const [place, name] = [ownPlace(), ownName()]
+    await internet.forget()
+    const running = sandbox.run(['timeout', '4', 'python3', '-c', squatter, place, name], 10)
+    await eventually('the squatter runs', async () => ((await exec(sandbox.main, ['test', '-e', '/tmp/squatting'])).code === 0 ? true : undefined))
+    await kill()
+    const said = await running.catch((error: Error) => error.message)
+    return { seen: packetsTo(await internet.flows(), place) + questionsFor(await internet.questions(), name), said }
+  }
+})
+
+/** Takes the sidecar's ports the moment they are free, answers its questions, and tries the way out without a pause. */
+const squatter = `
+import socket,sys,os,threading,time
+place,name=sys.argv[1:3]
+def dns(n): return b"\\0\\1\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"+b"".join(bytes([len(p)])+p.encode() for p in n.split("."))+b"\\0\\0\\1\\0\\1"
+def take(kind,port):
+  while True:
+    s=socket.socket(socket.AF_INET,kind); s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1)
+    try:
+      s.bind(("0.0.0.0",port))
+      if kind==socket.SOCK_STREAM: s.listen()
+      print("took",kind,port,flush=True); time.sleep(9)
+    except OSError: time.sleep(0.001)
+    s.close()
+for kind,port in ((socket.SOCK_DGRAM,15353),(socket.SOCK_STREAM,15353),(socket.SOCK_STREAM,18080)): threading.Thread(target=take,args=(kind,port),daemon=True).start()
+open("/tmp/squatting","w").close()
+u=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); u.setblocking(False)
+end=time.time()+2
+while time.time()<end:
+  for to in ((place,443),("${resolver}",53)):
+    try: u.sendto(dns(name),to)
+    except OSError: pass
+  time.sleep(0.002)
+`
+
+async function readPolicy(sandbox: Sandbox, token: string): Promise<unknown> {
+  const answer = await request(`http://${sandbox.address}:18080/policy`, { headers: { [headerNames.egressAuth]: token } })
+  return answer.body.json()
+}
