@@ -70,7 +70,6 @@ type Family = (typeof families)[number]
 export function bootStatements(): string[] {
   return [
     `add table ${table}`, `delete table ${table}`, `add table ${table}`,
-    `add chain ${table} marker`,
     `add chain ${table} exempt`,
     `add chain ${table} denied`,
     `add chain ${table} nat { type nat hook output priority -110; policy accept; }`,

@@ -3,6 +3,7 @@ import { existsSync, mkdirSync, readFileSync, rmdirSync } from 'node:fs'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
 import { eventually } from '../support/program.ts'
+import { sized } from '../support/size.ts'
 import { createNamespaces, outside, type Namespaces, type Seen } from './egress-namespaces.ts'
 
 await needs('root', 'nft', 'iptables', 'netns', 'curl')
@@ -97,6 +98,40 @@ t.test('the policy changes: at once, also for connections that are open', async 
 
   t.match(await api(space, 'PATCH', JSON.stringify([{ action: 'deny', target: '198.18.0.0/16' }]), token), /200$/)
   t.same((await space.ask({ write: second?.stream ?? 0 }, { connect: '198.18.0.2' })).map((told) => told.result), ['closed', 'ECONNREFUSED'], 'a deny of the network cuts, too')
+})
+
+t.test('many rules, many learned addresses', async (t) => {
+  await using space = await createNamespaces()
+  const rules = Array.from({ length: 4095 }, (_, i) => `10.${i >> 8}.${i & 255}.${i % 2 === 0 ? '1' : '0/24'}`)
+  // One environment variable holds 128 KiB at most; this policy is larger.
+  const directory = t.testdir({ 'policy.json': policy('*.ok.example', ...rules) })
+  await space.startSidecar({ OPENSANDBOX_EGRESS_POLICY_FILE: `${directory}/policy.json` })
+  const count = sized(2000, 10_000)
+  const place = (i: number): string => `198.18.${(i >> 8) & 255}.${i & 255}`
+  for (let i = 0; i < count; i += 250) {
+    const told = await space.ask(...Array.from({ length: 250 }, (_, k) => ({ ask: `ip-${place(i + k).replaceAll('.', '-')}.ok.example` })))
+    t.same(told.filter((one) => one.answers !== 1), [], `${i} to ${i + 249}`)
+  }
+  t.match(await space.run('curl', '-s', 'http://127.0.0.1:18080/metrics'), `egress_learned_addresses ${count}\n`)
+  const [first, last] = await space.ask({ connect: place(0) }, { connect: place(count - 1) })
+  t.same([first?.result, last?.result], ['open', 'open'])
+  const times: number[] = []
+  for (let i = 0; i < 100; i++) times.push((await space.ask({ ask: `ip-198-18-200-${i}.ok.example` }))[0]?.ms ?? NaN)
+  times.sort((a, b) => a - b)
+  t.comment(`first use of a name: p50 ${times[50]?.toFixed(2)} ms, p99 ${times[98]?.toFixed(2)} ms`)
+  t.ok((times[50] ?? NaN) < 50)
+})
+
+t.test('nft dies: a new one takes over', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  const children = readFileSync(`/proc/${sidecar.pid}/task/${sidecar.pid}/children`, 'utf8').trim().split(' ')
+  t.equal(children.length, 1, 'one child, and that is nft')
+  process.kill(Number(children[0]), 'SIGKILL')
+  const [told] = await space.ask({ ask: 'ip-198-18-0-1.ok.example' })
+  t.ok(told?.rcode === 0 || told?.rcode === 2, 'answered, or refused because the kernel did not confirm')
+  t.equal((await space.ask({ ask: 'ip-198-18-0-2.ok.example' }))[0]?.answers, 1)
+  t.equal((await space.ask({ connect: '198.18.0.2' }))[0]?.result, 'open')
 })
 
 t.test('a lease is renewed by every packet', async (t) => {
