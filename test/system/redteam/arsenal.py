@@ -399,6 +399,22 @@ def ttl(name, server):
         return str(struct.unpack("!HHIH", answer[at : at + 10])[2])
 
 
+def hints(name, server, port):
+    """Which parameters an HTTPS record has (RFC 9460)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.settimeout(WAIT)
+        s.connect((server, int(port)))
+        asked = question(wire(name), 65)
+        s.sendall(asked)
+        answer = s.recv(4096)
+        at, found = len(asked) + 12 + 3, []
+        while at < len(answer):
+            key, length = struct.unpack("!HH", answer[at : at + 4])
+            found.append({1: "alpn", 4: "ipv4hint", 5: "ech", 6: "ipv6hint"}.get(key, str(key)))
+            at += 4 + length
+        return " ".join(found)
+
+
 def embedded(name):
     """Docker's own DNS server also listens on a port that is not 53."""
     said = []

@@ -12,6 +12,7 @@ import { createNetwork, docker, exec } from '#test/support/containers.ts'
 import { startInternet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
 import { startStack } from '#test/support/stack.ts'
+import { cloneGroup } from './group.ts'
 import { arrivals, asks, attack, fire, ownName, reaches, resolver, type Row } from './range.ts'
 
 await needs('root', 'docker', 'nft', 'iptables', 'netns')
@@ -79,6 +80,18 @@ t.test('forged exemptions', async (t) => {
   const said = await fire(places[joined], forgeries.map(({ words }) => words))
   const seen = await arrivals(internet, forgeries)
   for (const [i, row] of forgeries.entries()) t.equal(seen[i], 0, `${row.why}: nothing arrives even ${joined}`, { said: said[i] })
+
+  await t.test('held source ports, where cgroups cannot be told apart', async (t) => {
+    await using group = await cloneGroup(network, stack, guarded, { OPENSANDBOX_EGRESS_EXEMPTION: 'ports' })
+    const ours = rows.filter(({ first, words }) => first === open || words[0] === 'marked')
+    await internet.forget()
+    const said = await fire(group.main, ours.map(({ words }) => words))
+    const seen = await arrivals(internet, ours)
+    for (const [i, row] of ours.entries()) t.equal(seen[i], 0, `${row.why}: nothing arrives`, { said: said[i] })
+    await internet.forget()
+    await fire(group.main, [['ask', 'allowed.example', '127.0.0.11']])
+    t.ok(questionsFor(await internet.questions(), 'allowed.example') > 0, 'while its own questions get out')
+  })
 
   await t.test("the sidecar's cgroup", async (t) => {
     const [before, after] = [ownName(), ownName()]

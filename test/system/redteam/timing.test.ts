@@ -138,7 +138,7 @@ def udp():
     try: s.sendto(b"x"*100,(address,5001))
     except OSError: pass
     time.sleep(0.002)
-end=time.time()+4
+end=time.time()+2.5
 threading.Thread(target=udp,daemon=True).start()
 try: tcp()
 except OSError as error: print(error)
@@ -173,7 +173,7 @@ else:
   except OSError as error: heard("knock tcp did not come"); print(error)
 `
 
-/** A server in the internet that comes back four seconds after it was spoken to, from the port it was spoken to. */
+/** A server in the internet that comes back two and a half seconds after it was spoken to, from the port it was spoken to. */
 async function startKnocker(address: string): Promise<AsyncDisposable & { heard(): string }> {
   const rules = 'table ip knocker {\n chain pre {\n  type filter hook prerouting priority -301; policy accept;\n  meta l4proto { tcp, udp } th dport 5000 notrack\n }\n chain in {\n  type filter hook input priority 0; policy accept;\n  tcp dport 5000 tcp flags & (syn | ack) == syn drop\n }\n}\n'
   await execa({ input: rules })`ip netns exec ${netns} nft -f -`
@@ -197,9 +197,9 @@ def udp():
   s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind((address,5000)); print("up",flush=True)
   while True:
     data,peer=s.recvfrom(999); print(data.decode(),flush=True)
-    if data.startswith(b"hello"): threading.Timer(4,lambda: s.sendto(b"knock udp",peer)).start()
+    if data.startswith(b"hello"): threading.Timer(2.5,lambda: s.sendto(b"knock udp",peer)).start()
 def back(peer):
-  time.sleep(4)
+  time.sleep(2.5)
   s=socket.socket(socket.AF_INET,socket.SOCK_STREAM); s.setsockopt(socket.SOL_SOCKET,socket.SO_REUSEADDR,1); s.bind((address,5000)); s.settimeout(5)
   try:
     s.connect(peer); print(s.recv(99).decode(),flush=True)
