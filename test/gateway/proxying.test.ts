@@ -68,6 +68,20 @@ t.test('forwarded headers: made for strangers, continued for our proxies', async
   t.match(behind.lines[0], /"client":"6\.6\.6\.6"/)
 })
 
+t.test('bodies around the size that goes out with the head arrive whole, also pipelined', async (t) => {
+  await using upstream = await startHttp((request, response) => {
+    const body = Buffer.alloc(Number((request.url as string).slice(1)), 0xe9)
+    response.writeHead(200, { 'content-length': body.length }).end(body)
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const sizes = [0, 1, 16_383, 16_384, 16_385, 70_000]
+  const client = new RawClient(gateway.port)
+  client.send(sizes.map((size, n) => `GET /a/${upstream.port}/${size} HTTP/1.1\r\nHost: x\r\n${n === sizes.length - 1 ? 'Connection: close\r\n' : ''}\r\n`).join(''))
+  const answers = (await client.untilClosed()).split(/(?=HTTP\/1\.1 200)/)
+  t.same(answers.map((answer) => bodyOf(answer).length), sizes)
+  t.ok(answers.every((answer) => /^\xe9*$/.test(bodyOf(answer))), 'every byte as it was')
+})
+
 t.test('repeated headers stay apart, in both directions', async (t) => {
   await using upstream = await startHttp((request, response) => {
     response.writeHead(200, ['Set-Cookie', 'a=1', 'Set-Cookie', 'b=2; Path=/', 'Via', '1.1 x', 'Via', '1.1 y', 'X-Seen', pairs(request.rawHeaders).filter(([name]) => name === 'x-r' || name === 'cookie').join('|')])
