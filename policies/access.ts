@@ -1,5 +1,5 @@
 /** Who may reach a secured sandbox: the access header, the original's signed routes, our own tokens. The one file that uses node:crypto. */
-import { createHash, createHmac, timingSafeEqual } from 'node:crypto'
+import { createHmac, hash, timingSafeEqual } from 'node:crypto'
 import { formatAccessToken, formatScope, parseAccessToken, scopeCovers, type AccessScope } from './access-token.ts'
 import type { FaultCode } from './fault.ts'
 import type { Problem } from './problem.ts'
@@ -15,7 +15,7 @@ export function equalSecret(given: string, wanted: string): boolean {
 }
 
 function digest(text: string): Uint8Array {
-  return createHash('sha256').update(text).digest()
+  return hash('sha256', text, 'buffer')
 }
 
 /**
@@ -55,8 +55,7 @@ export function readSecret(text: string): Uint8Array | null {
  */
 export function signShort(keyId: string, secret: Uint8Array, id: string, port: number, expires: string): string {
   const canonical = Buffer.from(`v1\nshort\n${id}\n${port}\n${expires}\n`)
-  const hash = createHash('sha256').update(length32(secret)).update(secret).update(length32(canonical)).update(canonical)
-  return hash.digest('hex').slice(0, 8) + keyId
+  return hash('sha256', Buffer.concat([length32(secret), secret, length32(canonical), canonical]), 'hex').slice(0, 8) + keyId
 }
 
 function length32(bytes: Uint8Array): Uint8Array {
@@ -102,12 +101,8 @@ type Signed = { readonly id: string; readonly port: number; readonly expires: st
 
 /** HMAC-SHA-256 over length-prefixed parts, so that no two sets of parts read the same; 43 characters base64url. */
 export function signStrong(secret: Uint8Array, { id, port, expires, epoch, scopeText }: Signed): string {
-  const mac = createHmac('sha256', secret)
-  for (const part of ['sp1', id, String(port), expires, String(epoch), scopeText]) {
-    const bytes = Buffer.from(part)
-    mac.update(length32(bytes)).update(bytes)
-  }
-  return mac.digest('base64url')
+  const parts = ['sp1', id, String(port), expires, String(epoch), scopeText].map((part) => Buffer.from(part))
+  return createHmac('sha256', secret).update(Buffer.concat(parts.flatMap((part) => [length32(part), part]))).digest('base64url')
 }
 
 export type Minting = { readonly id: string; readonly port: number; readonly epoch: number; readonly scope: AccessScope; readonly keyId: string; readonly secret: Uint8Array; /** Unix seconds. */ readonly expires: bigint }
