@@ -14,14 +14,16 @@ export type EngineCall = {
   path: string
   body?: AsyncIterable<unknown> | Buffer
   contentType?: string
+  /** Milliseconds until the call is given up; a build on a slow machine takes minutes. */
+  timeout?: number
 }
 
 export type EngineAnswer = { status: number; text: string }
 
 /** One call, its whole answer as text. Build and import answer 200 first and report failure in the stream: see `checkStream`. */
-export async function callEngine({ method = 'GET', path, body, contentType = 'application/json' }: EngineCall): Promise<EngineAnswer> {
+export async function callEngine({ method = 'GET', path, body, contentType = 'application/json', timeout = 600_000 }: EngineCall): Promise<EngineAnswer> {
   const answered = Promise.withResolvers<IncomingMessage>()
-  const call = request({ ...engineAddress(process.env['DOCKER_HOST']), method, path: version + path, headers: body === undefined ? {} : { 'content-type': contentType } })
+  const call = request({ ...engineAddress(process.env['DOCKER_HOST']), method, path: version + path, headers: body === undefined ? {} : { 'content-type': contentType }, signal: AbortSignal.timeout(timeout) })
   call.once('response', answered.resolve)
   call.once('error', answered.reject)
   if (body === undefined || Buffer.isBuffer(body)) call.end(body)

@@ -82,13 +82,16 @@ function contextTar(files: Record<string, Buffer>): Pack {
   return tar
 }
 
-/** Earlier versions of this image and of its base, unless a container still uses them (then the engine refuses, which is fine). */
+/**
+ * Earlier versions of this image and of its base. One that is still used stays: the engine refuses, or does not answer as long as a
+ * container of it is busy, and the next build tries again.
+ */
 async function removeOld(name: ImageName, base: string): Promise<void> {
   for (const [label, keep] of [[name, `sallyport/${name}:local`], [`base-${name}`, base]] as const) {
     const answer = await callEngine({ path: `/images/json?filters=${encodeURIComponent(JSON.stringify({ label: [`${imageLabel}=${label}`] }))}` })
     const images = JSON.parse(answer.text) as { Id: string; RepoTags: string[] | null }[]
     const old = images.filter((image) => !(image.RepoTags ?? []).includes(keep) && !(image.RepoTags ?? []).some((tag) => !tag.startsWith(`sallyport/${label}:`) && tag !== '<none>:<none>'))
-    for (const image of old) await callEngine({ method: 'DELETE', path: `/images/${image.RepoTags?.find((tag) => tag !== '<none>:<none>') ?? image.Id}` })
+    for (const image of old) await callEngine({ method: 'DELETE', path: `/images/${image.RepoTags?.find((tag) => tag !== '<none>:<none>') ?? image.Id}`, timeout: 5_000 }).catch(() => undefined)
   }
 }
 
