@@ -22,6 +22,9 @@ export class EngineError extends Error {
 
 const removeAttempts = 100
 const removePause = 50
+const pauseAttempts = 6
+/** ms; grows with each attempt. */
+const pauseWait = 20
 
 export class Docker {
   readonly #docker: Dockerode
@@ -102,8 +105,17 @@ export class Docker {
     })
   }
 
+  /** Where processes come and go, freezing them all (cgroup v1) may fail: runc gives up, thaws them, and it is worth another try. */
   async pause(containerId: string): Promise<void> {
-    await call(() => this.#docker.getContainer(containerId).pause())
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await call(() => this.#docker.getContainer(containerId).pause())
+        return
+      } catch (error) {
+        if (attempt === pauseAttempts || !/unable to freeze/.test((error as EngineError).message)) throw error
+        await delay(attempt * pauseWait)
+      }
+    }
   }
 
   async resume(containerId: string): Promise<void> {
