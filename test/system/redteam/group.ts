@@ -25,14 +25,17 @@ export async function changePolicy(sandbox: Sandbox, method: 'POST' | 'PATCH' | 
 
 export type Group = AsyncDisposable & { readonly main: string; readonly sidecar: string }
 
-/** A sidecar and a sandbox made with exactly what the server gave its own, except some of the sidecar's environment. */
+/**
+ * A sidecar and a sandbox made with exactly what the server gave its own, except some of the sidecar's environment and without
+ * published ports.
+ */
 export async function cloneGroup(network: TestNetwork, stack: Stack, model: Sandbox, environment: Readonly<Record<string, string>>): Promise<Group> {
   const like = async (id: string, mode: string, over: Readonly<Record<string, string>>): Promise<string> => {
     const { Config, HostConfig } = await docker.getContainer(id).inspect()
     const kept = Config.Env.filter((entry) => !Object.keys(over).some((name) => entry.startsWith(`${name}=`)))
     const Env = [...kept, ...Object.entries(over).map(([name, value]) => `${name}=${value}`)]
     const { Image, Entrypoint, Cmd } = Config
-    return (await network.run({ Image, Env, Entrypoint: Entrypoint as string[], Cmd, HostConfig: { ...HostConfig, NetworkMode: mode } })).id
+    return (await network.run({ Image, Env, Entrypoint: Entrypoint as string[], Cmd, HostConfig: { ...HostConfig, NetworkMode: mode, PortBindings: {} } })).id
   }
   const sidecar = await like(model.sidecar ?? '', stack.network, environment)
   const { NetworkSettings } = await docker.getContainer(sidecar).inspect()

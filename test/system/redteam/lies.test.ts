@@ -16,7 +16,7 @@ t.setTimeout(200_000)
 
 const liar = { address: '198.51.100.54', port: '5000' }
 const open = 'a sandbox without a policy'
-const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: '*.wild.example' }, { action: 'deny', target: 'denied.wild.example' }] }
+const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'deny', target: 'denied.wild.example' }, { action: 'allow', target: '*.wild.example' }] }
 
 /** Whom the sandbox asks: without a policy the liar itself, with one its own resolver. Both are asked; one of them answers. */
 const told = (name: string, kind = '1'): string[] => ['steps', 'ask', name, '127.0.0.11', '53', 'udp', kind, ';', 'ask', name, liar.address, liar.port, 'udp', kind, ';']
@@ -54,7 +54,7 @@ t.test('a resolver that lies', async (t) => {
     await fire(guarded.main, [['ask', 'upstream.wild.example', '127.0.0.11'], ['steps', 'ask', 'upstream.wild.example', '127.0.0.11', ';', 'sleep', '0.2', ';', 'ask', 'direct.leak.example', liar.address, liar.port, ';', 'ask', 'direct.leak.example', liar.address, liar.port, 'tcp']])
     t.same([before, server.asked('direct.leak.example')], [0, 0], 'an allowed name that leads to it opens it for nobody')
     await fire(free.main, [['ask', 'direct.leak.example', liar.address, liar.port]])
-    await eventually('without a policy it hears the question', async () => (server.asked('direct.leak.example') > 0 ? true : undefined))
+    t.ok(await eventually('it hears the question', async () => (server.asked('direct.leak.example') > 0 ? true : undefined)), 'without a policy it is open')
   })
 })
 
