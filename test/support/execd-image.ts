@@ -8,6 +8,8 @@ import { bundleProgram } from '../../deploy/bundle.ts'
 import { callEngine, checkStream, findImage } from '../../deploy/engine-api.ts'
 import { root } from './program.ts'
 
+/** What the stand-in writes down, inside the sandbox; see execd-stand-in.ts. */
+export const spyRecord = '/tmp/execd-seen.jsonl'
 const tag = 'sallyport/execd-stand-in:local'
 const hashLabel = 'sallyport.io/recipe'
 
@@ -25,9 +27,9 @@ exit $code
 `
 
 /** For tests that any execd passes. */
-export async function execdImage(): Promise<string> {
+export async function execdImage(): Promise<{ readonly reference: string; readonly spies: boolean }> {
   const configured = process.env['SALLYPORT_EXECD_IMAGE'] ?? ''
-  return configured === '' ? spyImage() : configured
+  return configured === '' ? { reference: await spyImage(), spies: true } : { reference: configured, spies: false }
 }
 
 /** The stand-in, which writes down what it is sent. Built when its source has changed. */

@@ -9,9 +9,9 @@ import t, { type Test } from 'tap'
 import WebSocket from 'ws'
 import { needs } from '#test/support/abilities.ts'
 import { sandboxImage } from '#test/support/containers.ts'
-import { execdImage } from '#test/support/execd-image.ts'
+import { execdImage, spyRecord } from '#test/support/execd-image.ts'
 import { startFence } from '#test/support/fence.ts'
-import { resolveLocalhost, sdkConnection } from '#test/support/sdk.ts'
+import { execIn, resolveLocalhost, sdkConnection } from '#test/support/sdk.ts'
 import { startStack, type GatewayMode, type Stack } from '#test/support/stack.ts'
 
 await needs('root', 'docker', 'nft')
@@ -27,7 +27,7 @@ for (const mode of modes) {
   t.test(`mode ${mode}`, async (t) => {
     await using fence = await startFence()
     const gateways: GatewayMode[] = mode === 'direct' ? [] : [mode]
-    await using stack = await startStack({ internet: fence, gateways, config: { runtime: { type: 'docker', execd_image: execd } } })
+    await using stack = await startStack({ internet: fence, gateways, config: { runtime: { type: 'docker', execd_image: execd.reference } } })
     for (const [kind, networkPolicy] of [['without a policy', undefined], ['with a policy', policy]] as const) {
       await t.test(kind, async (t) => {
         const started = Date.now()
@@ -42,7 +42,7 @@ for (const mode of modes) {
         await reachesPorts(t, sandbox)
         await changes(t, sandbox)
         await pausesAndResumes(t, stack, sandbox)
-        if (networkPolicy !== undefined) await changesItsPolicy(t, sandbox)
+        if (networkPolicy !== undefined) await changesItsPolicy(t, stack, sandbox)
         await ends(t, stack, sandbox)
       })
     }
@@ -142,13 +142,19 @@ async function pausesAndResumes(t: Test, stack: Stack, sandbox: Sandbox): Promis
   t.ok(await connected.isHealthy(), 'another client connects by id')
 }
 
-async function changesItsPolicy(t: Test, sandbox: Sandbox): Promise<void> {
+/** None of which passes through execd: it belongs to the sandbox, and must not learn what changes its rules. */
+async function changesItsPolicy(t: Test, stack: Stack, sandbox: Sandbox): Promise<void> {
   t.same(await sandbox.getEgressPolicy(), { defaultAction: 'deny', egress: policy.egress }, 'the policy of the create')
   await sandbox.patchEgressRules([{ action: 'allow', target: 'second.example' }, { action: 'deny', target: 'first.example' }])
   t.same(await sandbox.getEgressPolicy(), { defaultAction: 'deny', egress: [{ action: 'allow', target: 'second.example' }, { action: 'deny', target: 'first.example' }] }, 'rules are laid over those of the same target')
   await rejectsWith(t, sandbox.patchEgressRules([{ action: 'allow', target: 'not a host' }]), 400, undefined, 'a bad rule')
   await sandbox.deleteEgressRules(['first.example'])
   t.same((await sandbox.getEgressPolicy()).egress, [{ action: 'allow', target: 'second.example' }])
+  if (!execd.spies) return
+  const token = (await sandbox.getEndpoint(18080)).headers?.['OPENSANDBOX-EGRESS-AUTH'] ?? ''
+  const seen = (await execIn(stack, sandbox.id, ['cat', spyRecord])).stdout
+  t.ok(token.length === 32 && seen.includes('OpenSandbox-JS-SDK'), "execd read the SDK's headers")
+  t.notMatch(seen, token, 'and the token was not among them')
 }
 
 async function ends(t: Test, stack: Stack, sandbox: Sandbox): Promise<void> {
