@@ -76,7 +76,8 @@ export class Docker {
   }
 
   async create(spec: ContainerSpec): Promise<string> {
-    return call(async () => (await this.#docker.createContainer(toOptions(spec))).id)
+    const options = { name: spec.name, ...(spec.platform === null ? {} : { platform: `${spec.platform.os}/${spec.platform.arch}` }) }
+    return call(async () => (await this.#docker.createContainer(apart(options, toBody(spec)))).id)
   }
 
   async start(containerId: string): Promise<void> {
@@ -187,14 +188,14 @@ export class Docker {
 
   /** A bridge network of ours: IPv4, containers cannot talk to each other. */
   async createNetwork(name: string, bridge: string, ownLabels: Record<string, string>): Promise<void> {
-    await call(() => this.#docker.createNetwork({
+    await call(() => this.#docker.createNetwork(apart({}, {
       Name: name,
       CheckDuplicate: true,
       Driver: 'bridge',
       EnableIPv6: false,
       Labels: ownLabels,
       Options: { 'com.docker.network.bridge.name': bridge, 'com.docker.network.bridge.enable_icc': 'false' },
-    }))
+    })))
   }
 
   async removeNetwork(name: string): Promise<void> {
@@ -252,18 +253,24 @@ function exitCodeOf(status: string): number | null {
   return code === undefined ? null : Number(code)
 }
 
-function toOptions(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
+/**
+ * dockerode would write a body into the query as well, secrets and all: into the engine's debug log, and past the length a request
+ * line may have. It knows these two keys; its type definitions do not.
+ */
+function apart<Body extends object>(query: Readonly<Record<string, string>>, body: Body): Body {
+  return { _query: query, _body: body } as unknown as Body
+}
+
+function toBody(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
   const ports = [...spec.publish]
   // Known to the engine since API 1.41, not to the type definitions.
   const cgroups: object = { CgroupnsMode: spec.cgroupns }
   return {
-    name: spec.name,
     Image: spec.image,
     Labels: { ...spec.labels },
     Env: [...spec.env],
     ...(spec.entrypoint === null ? {} : { Entrypoint: [...spec.entrypoint] }),
     ...(spec.cmd === null ? {} : { Cmd: [...spec.cmd] }),
-    ...(spec.platform === null ? {} : { platform: `${spec.platform.os}/${spec.platform.arch}` }),
     ExposedPorts: Object.fromEntries(ports.map(([port]) => [`${port}/tcp`, {}])),
     HostConfig: {
       NetworkMode: 'name' in spec.network ? spec.network.name : `container:${spec.network.join}`,
