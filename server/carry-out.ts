@@ -72,7 +72,7 @@ export async function carryOut(step: Act, made: Made, deps: Deps): Promise<reado
     case 'create': {
       const containerId = await deps.engine.create(specOf(step.member, made, deps))
       if (step.member === mainMember) await deps.workshop.execd?.install(containerId, made.record.platform)
-      return [...facts, { containerId, member: step.member, state: 'created', exitCode: null, address: '' }]
+      return [...facts, { containerId, member: step.member, state: 'created', exitCode: null, address: '', startedAt: null }]
     }
     case 'start': {
       const fact = factOf(step.member, facts)

@@ -63,7 +63,7 @@ export class Docker {
       const { State, NetworkSettings } = await call(() => this.#docker.getContainer(found.containerId).inspect())
       const state = State.Status as ContainerState
       const ended = state === 'exited' || state === 'dead'
-      return { ...found, state, exitCode: ended ? State.ExitCode : null, address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
+      return { ...found, state, exitCode: ended ? State.ExitCode : null, startedAt: Date.parse(State.StartedAt), address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
     } catch (error) {
       if ((error as EngineError).status === 404) return null
       throw error
@@ -241,6 +241,7 @@ function toFound(info: Dockerode.ContainerInfo): Found {
     state: info.State as ContainerState,
     exitCode: exitCodeOf(info.Status),
     address: Object.values(info.NetworkSettings?.Networks ?? {})[0]?.IPAddress ?? '',
+    startedAt: null,
     labels: info.Labels,
     image: info.Image,
     createdAt: info.Created * 1000,

@@ -110,7 +110,11 @@ export class GroupWork {
 
   async #read(entry: Entry): Promise<void> {
     const found = await this.containers(entry.group.record.id)
-    if (sameFacts(entry.group.facts, found)) return
+    if (sameFacts(entry.group.facts, found)) {
+      // What no reader sees may be news all the same: when they started.
+      entry.group = { ...entry.group, facts: found.map(toFact) }
+      return
+    }
     const first = entry.group.facts.length === 0
     this.#deps.table.set(entry, { facts: found.map(toFact), record: first ? entry.group.record : { ...entry.group.record, changedAt: this.#deps.now() } })
   }
@@ -150,10 +154,11 @@ export function stepsFor(entry: Entry): Step[] {
 }
 
 export function toFact(found: Found): Fact {
-  const { containerId, member, state, exitCode, address } = found
-  return { containerId, member, state, exitCode, address }
+  const { containerId, member, state, exitCode, address, startedAt } = found
+  return { containerId, member, state, exitCode, address, startedAt }
 }
 
+/** In everything that readers see. */
 export function sameFacts(known: readonly Fact[], found: readonly Fact[]): boolean {
   if (known.length !== found.length) return false
   return known.every((fact) => found.some((other) => other.containerId === fact.containerId && other.state === fact.state && other.address === fact.address))

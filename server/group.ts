@@ -19,6 +19,8 @@ export type Fact = {
   readonly exitCode: number | null
   /** IPv4 address on its network; empty when it joined another's namespace or is not running. */
   readonly address: string
+  /** ms since 1970; null while nobody has looked: Docker's list does not tell. */
+  readonly startedAt: number | null
 }
 
 /** How far the making of a group has come. Written before the first Docker object exists. */

@@ -114,8 +114,10 @@ export class Groups {
   /**
    * Compares everything with what Docker has: finishes what a killed server left, ends what has lost its guard,
    * removes what belongs to nobody. At start, after the event stream broke, and every half minute.
+   * @param missed events may have been missed: then every sandbox with a gate is looked at, for the list does not tell that one
+   * was started again
    */
-  async sweep(): Promise<void> {
+  async sweep(missed: boolean): Promise<void> {
     const found = new Map<string, Found[]>()
     for (const container of await this.#deps.engine.list([`${labels.instance}=${this.#deps.instance}`])) {
       const id = container.labels[labels.id] ?? container.labels[labels.egressSidecarFor] ?? ''
@@ -126,7 +128,7 @@ export class Groups {
     for (const entry of this.#table.all()) {
       if (entry.busy > 0) continue
       const { record, facts } = entry.group
-      const news = record.phase === 'creating' || !sameFacts(facts, found.get(record.id) ?? []) || stepsFor(entry).length > 0
+      const news = record.phase === 'creating' || (missed && record.phase === 'ready' && record.egress !== null) || !sameFacts(facts, found.get(record.id) ?? []) || stepsFor(entry).length > 0
       if (news) work.push(this.#table.exclusive(entry, () => this.#work.look(entry)))
     }
     for (const outcome of await Promise.allSettled(work)) if (outcome.status === 'rejected') this.#deps.report('sweep-failed', '', { error: String(outcome.reason) })

@@ -60,8 +60,8 @@ const watch = new Watch({
   engine, instance, network: network.name,
   touch: (id, gateDied) => groups.touch(id, gateDied),
   networkGone: () => network.forget(),
-  sweep: async () => {
-    await Promise.all([groups.sweep(), network.guard().then(() => { guardFault = '' }, (error: unknown) => { guardFault = guardText(error) })])
+  sweep: async (missed) => {
+    await Promise.all([groups.sweep(missed), network.guard().then(() => { guardFault = '' }, (error: unknown) => { guardFault = guardText(error) })])
   },
   report: (event, detail) => log.warn({ event, ...detail }),
 })

@@ -50,10 +50,23 @@ function keep(members: readonly Member[], facts: readonly Fact[]): Step[] {
   if (inner.some((member) => state(member) === 'missing')) return plan('gone', members, facts)
   if (inner.every((member) => !alive.has(state(member)))) return removeOnly(gates, facts)
   // A paused gate filters nothing new but lets nothing new out either; it is still there.
-  if (gates.some((gate) => !alive.has(state(gate)))) {
+  if (gates.some((gate) => !alive.has(state(gate)) || outlived(gate, inner, facts))) {
     return [...removeAll(members, facts), { do: 'fail', reason: 'EGRESS_GONE', message: 'The egress sidecar of this sandbox ended, so the sandbox was ended.' }]
   }
   return []
+}
+
+/**
+ * A gate that was started again has a new namespace, and the rest of the group is still in the old one, without a network. Only
+ * when it started tells that from a gate that never ended.
+ */
+function outlived(gate: Member, inner: readonly Member[], facts: readonly Fact[]): boolean {
+  const fact = (member: Member): Fact | undefined => facts.find((candidate) => candidate.member === member.name)
+  const started = fact(gate)?.startedAt ?? null
+  return started !== null && inner.some((member) => {
+    const other = fact(member)
+    return other !== undefined && alive.has(other.state) && other.startedAt !== null && other.startedAt < started
+  })
 }
 
 function interrupted(members: readonly Member[], facts: readonly Fact[], message: string): Step[] {

@@ -14,8 +14,8 @@ export type WatchDeps = {
   readonly network: string
   readonly touch: (id: string, gateDied: boolean) => void
   readonly networkGone: () => void
-  /** Compares everything; rejects when the engine cannot be asked. */
-  readonly sweep: () => Promise<void>
+  /** Compares everything; rejects when the engine cannot be asked. @param missed events may have been missed */
+  readonly sweep: (missed: boolean) => Promise<void>
   readonly report: (event: string, detail: Record<string, unknown>) => void
 }
 
@@ -65,7 +65,7 @@ export class Watch {
       try {
         // Events first, comparison second: nothing falls between.
         stream = await this.#deps.engine.events((event) => this.#take(event), ended.resolve)
-        await this.#deps.sweep()
+        await this.#deps.sweep(true)
         this.#connected = true
         pause = firstPause
         tried()
@@ -90,7 +90,7 @@ export class Watch {
       const stop = new AbortController()
       await Promise.race([end, delay(sweepEvery, undefined, { signal: stop.signal }).catch(() => undefined)])
       stop.abort()
-      if (!over) await this.#deps.sweep()
+      if (!over) await this.#deps.sweep(false)
     }
   }
 

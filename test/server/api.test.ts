@@ -116,7 +116,7 @@ t.test('list', async (t) => {
     await bench.create({ metadata: { n: String(i), 'e.com/k': i % 2 === 0 ? 'even' : 'odd' } })
   }
   bench.engine.end([...bench.engine.kept.keys()][4]!, 3)
-  await bench.groups.sweep()
+  await bench.groups.sweep(true)
   const names = async (query: string): Promise<string> => (await bench.call('GET', `/v1/sandboxes${query}`)).body.items.map((item: { metadata: { n: string } }) => item.metadata.n).join('')
   bench.engine.calls.length = 0
   const cases: [query: string, wanted: string][] = [

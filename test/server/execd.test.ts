@@ -76,7 +76,7 @@ t.test('a sweep that comes at the wrong moment', async (t) => {
   bench.engine.before = async (call) => {
     if (call !== 'read /execd' || swept) return
     swept = true
-    await bench.groups.sweep()
+    await bench.groups.sweep(true)
     throw new EngineError('No such container', 404)
   }
   t.ok(await bench.create())

@@ -4,7 +4,7 @@ import type { ContainerSpec } from '../../server/container-spec.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
 import { writeTar } from '../../server/tar.ts'
 
-type Kept = { spec: ContainerSpec; state: Found['state']; exitCode: number | null; address: string }
+type Kept = { spec: ContainerSpec; state: Found['state']; exitCode: number | null; address: string; startedAt: number }
 
 export class FakeEngine {
   readonly kept = new Map<string, Kept>()
@@ -21,6 +21,7 @@ export class FakeEngine {
   /** The same after it took effect. */
   after: (call: string) => void | Promise<void> = () => undefined
   #next = 0
+  #starts = 0
 
   async #do<T>(call: string, work: () => T): Promise<T> {
     this.calls.push(call)
@@ -38,17 +39,17 @@ export class FakeEngine {
 
   list(wanted: readonly string[]): Promise<Found[]> {
     return this.#do('list', () => [...this.kept].filter(([, { spec }]) => wanted.every((label) => label.includes('=') ? spec.labels[label.split('=')[0] ?? ''] === label.slice(label.indexOf('=') + 1) : label in spec.labels))
-      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, labels: spec.labels, image: spec.image, createdAt: 1000 })))
+      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, startedAt: null, labels: spec.labels, image: spec.image, createdAt: 1000 })))
   }
 
-  examine(wanted: readonly string[]): Promise<Found[]> {
-    return this.list(wanted)
+  async examine(wanted: readonly string[]): Promise<Found[]> {
+    return (await this.list(wanted)).map((found) => ({ ...found, startedAt: this.#get(found.containerId).startedAt }))
   }
 
   create(spec: ContainerSpec): Promise<string> {
     return this.#do(`create ${spec.labels[labels.role]}`, () => {
       const id = `c${++this.#next}`
-      this.kept.set(id, { spec, state: 'created', exitCode: null, address: '' })
+      this.kept.set(id, { spec, state: 'created', exitCode: null, address: '', startedAt: 0 })
       return id
     })
   }
@@ -57,6 +58,7 @@ export class FakeEngine {
     return this.#do(`start ${this.kept.get(id)?.spec.labels[labels.role]}`, () => {
       const kept = this.#get(id)
       kept.state = 'running'
+      kept.startedAt = ++this.#starts
       if ('name' in kept.spec.network) kept.address = `172.30.0.${this.#next + 1}`
     })
   }
@@ -88,6 +90,11 @@ export class FakeEngine {
 
   resume(id: string): Promise<void> {
     return this.#do('resume', () => void (this.#get(id).state = 'running'))
+  }
+
+  /** Somebody starts it again; nothing the list tells is different. */
+  restarted(id: string): void {
+    this.#get(id).startedAt = ++this.#starts
   }
 
   /** The process inside ends. */

@@ -62,7 +62,7 @@ t.test('killed between any two steps', async (t) => {
       first.abandon()
       await using second = new Bench({ store, engine })
       second.groups.load()
-      await second.groups.sweep()
+      await second.groups.sweep(true)
       const [record] = second.store.all()
       const roles = [...engine.kept.values()].map((kept) => kept.spec.labels['sallyport.io/role']).sort()
       const complete = record?.phase === 'ready' && roles.join() === 'egress,main'
@@ -111,12 +111,24 @@ t.test('the sidecar ends: so does the sandbox, with the reason', async (t) => {
   }
 })
 
+t.test('the sidecar was started again while nobody listened: it has a new namespace, the sandbox is left in the old one', async (t) => {
+  await using bench = new Bench()
+  const [lost, kept] = [await bench.create(policyBody), await bench.create(policyBody)]
+  bench.engine.restarted(bench.engine.find('egress'))
+  await bench.groups.sweep(false)
+  t.equal((await bench.call('GET', `/sandboxes/${lost}`)).body.status.state, 'Running', 'the list does not tell')
+  await bench.groups.sweep(true)
+  t.match((await bench.call('GET', `/sandboxes/${lost}`)).body.status, { state: 'Failed', reason: 'EGRESS_GONE' })
+  t.equal((await bench.call('GET', `/sandboxes/${kept}`)).body.status.state, 'Running', 'the other goes on')
+  t.equal(bench.engine.kept.size, 2, 'with its two containers, the only ones')
+})
+
 t.test('the main container ends: the sandbox is Terminated or Failed, its sidecar goes', async (t) => {
   for (const [code, state] of [[0, 'Terminated'], [127, 'Failed']] as const) {
     await using bench = new Bench()
     const id = await bench.create(policyBody)
     bench.engine.end(bench.engine.find('main'), code)
-    await bench.groups.sweep()
+    await bench.groups.sweep(true)
     t.equal((await bench.call('GET', `/sandboxes/${id}`)).body.status.state, state)
     t.equal(bench.engine.find('egress'), '')
     t.equal((await bench.call('DELETE', `/sandboxes/${id}`)).status, 204)
@@ -132,7 +144,7 @@ t.test('containers of ours without a record', async (t) => {
   engine.kept.delete(main)
   lost.abandon()
   await using bench = new Bench({ engine })
-  await bench.groups.sweep()
+  await bench.groups.sweep(true)
   t.match((await bench.call('GET', `/sandboxes/${id}`)).body, { metadata: { a: 'b' }, expiresAt: '2026-01-01T00:10:00.000Z' }, 'a complete one is taken back')
   t.equal((await bench.call('GET', `/sandboxes/${orphan}`)).status, 404)
   t.equal(engine.kept.size, 2, 'what is left of another is removed')
@@ -143,7 +155,7 @@ t.test('other instances are left alone', async (t) => {
   await bench.create()
   const [, kept] = [...bench.engine.kept][0]!
   bench.engine.kept.set('other', { ...kept, spec: { ...kept.spec, labels: { ...kept.spec.labels, 'sallyport.io/instance': 'another', 'opensandbox.io/id': 'x', 'sallyport.io/group': 'y' } } })
-  await bench.groups.sweep()
+  await bench.groups.sweep(true)
   t.ok(bench.engine.kept.has('other'))
   t.equal(bench.groups.list().length, 1)
 })

@@ -6,8 +6,8 @@ const alone: Member[] = [{ name: 'main', gate: false }]
 const guarded: Member[] = [{ name: 'egress', gate: true }, { name: 'main', gate: false }]
 const many: Member[] = [{ name: 'egress', gate: true }, { name: 'web', gate: false }, { name: 'db', gate: false }]
 
-function facts(states: Record<string, ContainerState>): Fact[] {
-  return Object.entries(states).map(([member, state]) => ({ containerId: `id-${member}`, member, state, exitCode: null, address: '' }))
+function facts(states: Record<string, ContainerState>, startedAt: Record<string, number> = {}): Fact[] {
+  return Object.entries(states).map(([member, state]) => ({ containerId: `id-${member}`, member, state, exitCode: null, address: '', startedAt: startedAt[member] ?? null }))
 }
 
 function words(steps: readonly Step[]): string {
@@ -38,6 +38,17 @@ const table: [why: string, want: Want, members: Member[], states: Record<string,
   ['nothing to do but forget', 'gone', alone, {}, 'forget'],
 ]
 for (const [why, want, members, states, steps] of table) t.equal(words(plan(want, members, facts(states))), steps, `${want}: ${why}`)
+
+const started: [why: string, members: Member[], states: Record<string, ContainerState>, startedAt: Record<string, number>, steps: string][] = [
+  ['the gate first, as it was made', guarded, { egress: 'running', main: 'running' }, { egress: 1, main: 2 }, ''],
+  ['the gate again: main is left in a namespace that is no more', guarded, { egress: 'running', main: 'running' }, { egress: 3, main: 2 }, 'remove main, remove egress, EGRESS_GONE'],
+  ['also while main was paused', guarded, { egress: 'running', main: 'paused' }, { egress: 3, main: 2 }, 'remove main, remove egress, EGRESS_GONE'],
+  ['main again, by hand: it joined the namespace that is', guarded, { egress: 'running', main: 'running' }, { egress: 3, main: 4 }, ''],
+  ['one of many is left behind', many, { egress: 'running', web: 'running', db: 'running' }, { egress: 3, web: 2, db: 4 }, 'remove db, remove web, remove egress, EGRESS_GONE'],
+  ['the one left behind has ended', many, { egress: 'running', web: 'exited', db: 'running' }, { egress: 3, web: 2, db: 4 }, ''],
+  ['nobody has looked yet', guarded, { egress: 'running', main: 'running' }, { egress: 3 }, ''],
+]
+for (const [why, members, states, startedAt, steps] of started) t.equal(words(plan('kept', members, facts(states, startedAt))), steps, `started: ${why}`)
 
 t.test('from any state, building starts nothing before its gate was confirmed', async (t) => {
   const possible: (ContainerState | null)[] = [null, 'created', 'running', 'paused', 'exited', 'dead', 'removing']
