@@ -9,7 +9,7 @@ import { egressMember, mainMember, type Fact, type SandboxRecord } from './group
 import type { Images } from './images.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
-import { sidecarSpec } from './sidecar.ts'
+import { bootPolicy, sidecarSpec } from './sidecar.ts'
 import type { ConfirmRules } from './sidecar-client.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
@@ -82,7 +82,10 @@ export async function carryOut(step: Act, made: Made, deps: Deps): Promise<reado
       return facts.map((other) => (other === fact ? { ...fact, state: 'running', address } : other))
     }
     case 'confirm': {
-      await deps.workshop.confirm(factOf(step.member, facts).address, made.record.egress?.token ?? '', made.signal)
+      const { egress } = made.record
+      if (egress === null) throw new Error('a gate is only made for a policy')
+      const late = bootPolicy(egress.policy) === egress.policy ? null : egress.policy
+      await deps.workshop.confirm(factOf(step.member, facts).address, egress.token, late, made.signal)
       return facts
     }
     case 'remove': {

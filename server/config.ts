@@ -55,6 +55,7 @@ const EgressSchema = Type.Object({
   mode: Type.Union([Type.Literal('dns'), Type.Literal('dns+nft')], { default: 'dns+nft', description: 'dns checks names only and leaves direct addresses open' }),
   disable_ipv6: Type.Boolean({ default: true, description: 'no IPv6 in sandboxes with a policy' }),
   dns_upstreams: Type.Optional(Type.Array(Type.String(), { minItems: 1, description: "resolvers, `address` or `address:port`; default: the host's, loopback stubs resolved" })),
+  max_rules: Type.Integer({ minimum: 1, default: 4096, description: 'rules a policy may have, also after changes' }),
   memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar' }),
   pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
   probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node' }),

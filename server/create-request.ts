@@ -55,6 +55,10 @@ export type CreateRequest = {
 
 /** The latest moment a timestamp can name (year 9999). */
 const latestMoment = 253402300799000
+/** What a sidecar takes as the body of a policy. */
+const mostPolicyBytes = 1_048_576
+/** MAX_ARG_STRLEN of Linux, with its NUL: a longer string keeps every program from starting. */
+const mostStringBytes = 131_071
 /** Fields may also be written in snake case. */
 const aliases: ReadonlyMap<string, string> = new Map(Object.keys(CreateSchema.properties).map((key) => [key.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`), key]))
 const reference = /^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}$/
@@ -141,6 +145,7 @@ function readEnv(request: Body, problems: Problem[]): Record<string, string | nu
   for (const [key, value] of Object.entries(env)) {
     if (key === '' || /[=\0]/.test(key)) problems.push({ path: `env[${JSON.stringify(key.slice(0, 80))}]`, reason: 'is not a variable name' })
     if (value?.includes('\0') === true) problems.push({ path: `env.${key.slice(0, 80)}`, reason: 'must not hold a NUL character' })
+    if (Buffer.byteLength(`${key}=${value ?? ''}`) > mostStringBytes) problems.push({ path: `env.${key.slice(0, 80)}`, reason: `is longer than the ${mostStringBytes} bytes a variable may have, with its name` })
   }
   return env
 }
@@ -149,6 +154,7 @@ function readEnv(request: Body, problems: Problem[]): Record<string, string | nu
 function readCommand(entrypoint: readonly string[], problems: Problem[]): readonly string[] {
   for (const [index, part] of entrypoint.entries()) {
     if (part.includes('\0')) problems.push({ path: `entrypoint[${index}]`, reason: 'must not hold a NUL character' })
+    if (Buffer.byteLength(part) > mostStringBytes) problems.push({ path: `entrypoint[${index}]`, reason: `is longer than the ${mostStringBytes} bytes an argument may have` })
   }
   const only = entrypoint.length === 1 ? entrypoint[0] : undefined
   const command = only?.includes(' ') === true ? splitShell(only) : entrypoint
@@ -167,6 +173,9 @@ function readPolicy(request: Body, config: Config, problems: Problem[]): Network
     problems.push(...read.problems)
     return null
   }
+  const most = config.egress.max_rules
+  if (read.policy.egress.length > most) problems.push({ path: 'networkPolicy.egress', reason: `has ${read.policy.egress.length} rules, more than egress.max_rules = ${most}` })
+  else if (Buffer.byteLength(JSON.stringify(read.policy)) > mostPolicyBytes) problems.push({ path: 'networkPolicy', reason: `is longer than ${mostPolicyBytes} bytes` })
   if (config.egress.image === undefined) problems.push({ path: 'networkPolicy', reason: 'egress.image must be configured when networkPolicy is provided.' })
   return read.policy
 }

@@ -83,7 +83,7 @@ export class EgressProbe {
     }
     try {
       const sidecar = await run(sidecarSpec({ ...this.#config, upstreams: [{ address, port: 53 }] }, instance, network.name, record))
-      await confirm(await engine.address(sidecar), record.egress?.token ?? '', AbortSignal.timeout(patience))
+      await confirm(await engine.address(sidecar), record.egress?.token ?? '', null, AbortSignal.timeout(patience))
       const probe = await run(this.#spec(record.id, sidecar, address))
       return await this.#exitCode(record.id, probe)
     } finally {

@@ -1,12 +1,15 @@
 /** Talks to an egress sidecar: are the rules in the kernel, what is the policy, change it. */
 import { setTimeout as delay } from 'node:timers/promises'
 import { Agent, request } from 'undici'
-import type { NetworkRule } from '#policies/document.ts'
+import type { NetworkPolicy, NetworkRule } from '#policies/document.ts'
 import { headerNames, wellKnownPorts } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 
-/** Asks a sidecar; a seam for tests. Rejects when its rules are not in the kernel in time. */
-export type ConfirmRules = (address: string, token: string, signal: AbortSignal) => Promise<void>
+/**
+ * Asks a sidecar; a seam for tests. Rejects when its rules are not in the kernel in time.
+ * @param late a policy too large to start with: handed over as soon as the sidecar denies everything, and read back
+ */
+export type ConfirmRules = (address: string, token: string, late: NetworkPolicy | null, signal: AbortSignal) => Promise<void>
 /** `rules` null: only read. @returns the policy as the sidecar enforces it now */
 export type AskPolicy = (address: string, token: string, rules: readonly NetworkRule[] | null) => Promise<PolicyAnswer>
 export type PolicyAnswer = { readonly mode: string; readonly enforcementMode: string; readonly policy: { readonly defaultAction: string; readonly egress: readonly NetworkRule[] } }
@@ -29,8 +32,13 @@ export class SidecarClient {
     this.#port = port
   }
 
+  readonly confirm: ConfirmRules = async (address, token, late, signal) => {
+    await this.#ready(address, token, signal)
+    if (late !== null) await this.#handOver(address, token, late, signal)
+  }
+
   /** Polls `/healthz`, which says 200 only when the rules are in the kernel. */
-  readonly confirm: ConfirmRules = async (address, token, signal) => {
+  async #ready(address: string, token: string, signal: AbortSignal): Promise<void> {
     const deadline = AbortSignal.any([signal, AbortSignal.timeout(this.#budget)])
     let last = 'no answer'
     while (!deadline.aborted) {
@@ -45,6 +53,19 @@ export class SidecarClient {
     }
     signal.throwIfAborted()
     throw new ApiError('DOCKER::SANDBOX_START_FAILED', `Egress sidecar did not become ready within ${this.#budget / 1000}s (${last}).`)
+  }
+
+  async #handOver(address: string, token: string, policy: NetworkPolicy, stop: AbortSignal): Promise<void> {
+    try {
+      const signal = AbortSignal.any([stop, AbortSignal.timeout(changeTimeout)])
+      const change = await this.#ask(address, token, 'POST', '/policy', JSON.stringify(policy), signal)
+      if (change.status !== 200) throw new Error(`status ${change.status}: ${change.text.trim().slice(0, 300)}`)
+      const now = await this.#ask(address, token, 'GET', '/policy', null, signal)
+      if (now.status !== 200 || !samePolicy((JSON.parse(now.text) as PolicyAnswer).policy, policy)) throw new Error('it reads back another policy')
+    } catch (error) {
+      stop.throwIfAborted()
+      throw new ApiError('DOCKER::SANDBOX_START_FAILED', 'The egress sidecar did not take the policy.', { cause: error })
+    }
   }
 
   readonly policy: AskPolicy = async (address, token, rules) => {
@@ -66,8 +87,14 @@ export class SidecarClient {
     await this.#agent.close()
   }
 
-  async #ask(address: string, token: string, method: 'GET' | 'PATCH', path: string, body: string | null, signal: AbortSignal): Promise<{ status: number; text: string }> {
+  async #ask(address: string, token: string, method: 'GET' | 'PATCH' | 'POST', path: string, body: string | null, signal: AbortSignal): Promise<{ status: number; text: string }> {
     const answer = await request(`http://${address}:${this.#port}${path}`, { dispatcher: this.#agent, method, body, headers: { [headerNames.egressAuth]: token, ...(body === null ? {} : { 'content-type': 'application/json' }) }, signal })
     return { status: answer.statusCode, text: await answer.body.text() }
   }
+}
+
+/** Names are the same in any case; sidecars may write them in lower case. */
+function samePolicy(enforced: PolicyAnswer['policy'], wanted: NetworkPolicy): boolean {
+  return enforced.defaultAction === wanted.defaultAction && enforced.egress.length === wanted.egress.length
+    && enforced.egress.every((rule, index) => rule.action === wanted.egress[index]?.action && rule.target.toLowerCase() === wanted.egress[index]?.target.toLowerCase())
 }

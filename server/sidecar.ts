@@ -1,9 +1,19 @@
 /** What an egress sidecar is made with. Pure. */
+import type { NetworkPolicy } from '#policies/document.ts'
 import { labels } from '#policies/wire.ts'
 import type { Config } from './config.ts'
 import { groupLabels, publishedPorts, type ContainerSpec } from './container-spec.ts'
 import { egressMember, type SandboxRecord } from './group.ts'
 import { containerName } from './ids.ts'
+
+/** One environment string may have 131,072 bytes (MAX_ARG_STRLEN of Linux, with name and NUL); more, and no program can be started. */
+const mostInEnvironment = 100_000
+const denyAll: NetworkPolicy = { defaultAction: 'deny', egress: [] }
+
+/** The sidecar starts with this policy. Too large a one comes afterwards, over its API; until then everything is denied. */
+export function bootPolicy(policy: NetworkPolicy): NetworkPolicy {
+  return Buffer.byteLength(JSON.stringify(policy)) > mostInEnvironment ? denyAll : policy
+}
 
 /** @param network the Docker network the sandbox is on; the sidecar owns the sandbox's namespace */
 export function sidecarSpec(config: Config, instance: string, network: string, record: SandboxRecord): ContainerSpec {
@@ -15,7 +25,8 @@ export function sidecarSpec(config: Config, instance: string, network: string, r
     image: config.egress.image,
     labels: { ...groupLabels(instance, record.id, egressMember), [labels.egressSidecarFor]: record.id },
     env: [
-      `OPENSANDBOX_EGRESS_RULES=${JSON.stringify(record.egress.policy)}`,
+      `OPENSANDBOX_EGRESS_RULES=${JSON.stringify(bootPolicy(record.egress.policy))}`,
+      `OPENSANDBOX_EGRESS_MAX_RULES=${config.egress.max_rules}`,
       `OPENSANDBOX_EGRESS_MODE=${config.egress.mode}`,
       `OPENSANDBOX_EGRESS_TOKEN=${record.egress.token}`,
       'OPENSANDBOX_EGRESS_EXEMPTION=auto',

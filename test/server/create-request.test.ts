@@ -38,6 +38,10 @@ t.test('refusals name the path', async (t) => {
     ['a key of ours', { ...body, metadata: { 'sallyport.io/instance': 'x' } }, 'SANDBOX::INVALID_METADATA_LABEL', /reserved prefix/],
     ['__proto__', JSON.parse('{"image":{"uri":"a"},"entrypoint":["a"],"resourceLimits":{},"metadata":{"__proto__":"x"}}'), 'SANDBOX::INVALID_METADATA_LABEL', /metadata\["__proto__"\]/],
     ['a bad policy', { ...body, networkPolicy: { egress: [{ action: 'allow', target: '*' }, { action: 'maybe', target: 'a.b' }] } }, 'SANDBOX::INVALID_PARAMETER', /networkPolicy\.egress\[0\]\.target: .*networkPolicy\.egress\[1\]\.action: /],
+    ['too many rules', { ...body, networkPolicy: { egress: Array.from({ length: 4097 }, () => ({ target: 'a.b' })) } }, 'SANDBOX::INVALID_PARAMETER', /^networkPolicy\.egress: has 4097 rules, more than egress\.max_rules = 4096/],
+    ['rules too long', { ...body, networkPolicy: { egress: Array.from({ length: 4096 }, () => ({ target: `${'a'.repeat(60)}.`.repeat(4) + 'b' })) } }, 'SANDBOX::INVALID_PARAMETER', /^networkPolicy: is longer than 1048576 bytes/],
+    ['a variable no program can be started with', { ...body, env: { A: 'x'.repeat(131_070) } }, 'SANDBOX::INVALID_PARAMETER', /^env\.A: is longer/],
+    ['such an argument', { ...body, entrypoint: ['a', 'x'.repeat(131_072)] }, 'SANDBOX::INVALID_PARAMETER', /^entrypoint\[1\]: is longer/],
     ['a policy that is no object', { ...body, networkPolicy: 5 }, 'SANDBOX::INVALID_PARAMETER', /networkPolicy/],
     ['renew too short', { ...body, extensions: { 'access.renew.extend.seconds': '299' } }, 'SANDBOX::INVALID_PARAMETER', /between 300 and 86400/],
     ['a pool', { ...body, extensions: { poolRef: 'p' } }, 'SANDBOX::UNSUPPORTED_POOL_REF', /poolRef/],
@@ -65,6 +69,8 @@ t.test('what is accepted', async (t) => {
   t.equal(read({ networkPolicy: null }).networkPolicy, null, 'an explicit null is no policy')
   t.same(read({ entrypoint: ['sh -c "echo a b"'] }).command, ['sh', '-c', 'echo a b'], 'one text is a command line')
   t.same(read({ entrypoint: ['sh', '-c', 'echo a b'] }).command, ['sh', '-c', 'echo a b'])
+  t.equal(read({ env: { A: 'x'.repeat(131_069) } }).env.A?.length, 131_069, 'as long as a variable may be')
+  t.equal(read({ networkPolicy: { egress: Array.from({ length: 4096 }, () => ({ target: 'a.b' })) } }).networkPolicy?.egress.length, 4096)
   t.same(read({ env: { A: 'b', N: null, E: '' } }).env, { A: 'b', N: null, E: '' })
   t.equal(read({ extensions: { 'access.renew.extend.seconds': ' 300 ' } }).renewExtendSeconds, 300)
   t.match(read({ platform: { os: ' Linux ', arch: 'ARM64' } }).platform, { os: 'linux', arch: 'arm64' })

@@ -29,6 +29,21 @@ t.test('the gate does not confirm: main never exists', async (t) => {
   t.equal(bench.engine.kept.size, 0)
 })
 
+t.test('a policy too large for an environment string is handed over before main exists', async (t) => {
+  const rule = (n: number) => ({ action: 'allow', target: `host-${n}.${'long.'.repeat(10)}example` })
+  const late: (number | undefined)[] = []
+  await using bench = new Bench({ confirm: async (_address, _token, policy) => {
+    late.push(policy?.egress.length)
+    t.notOk(bench.engine.calls.includes('create main'))
+  } })
+  await bench.create({ networkPolicy: { defaultAction: 'allow', egress: Array.from({ length: 2000 }, (_, n) => rule(n)) } })
+  t.match([...bench.engine.kept.values()].map((kept) => kept.spec.env.join('\n')).join(), /OPENSANDBOX_EGRESS_RULES=\{"defaultAction":"deny","egress":\[\]\}/, 'it starts by denying everything')
+  t.same(late, [2000])
+  bench.engine.calls.length = 0
+  await bench.create({ networkPolicy: { egress: Array.from({ length: 1000 }, (_, n) => rule(n)) } })
+  t.same(late, [2000, undefined], 'a smaller one it is started with')
+})
+
 t.test('the engine refuses a limit', async (t) => {
   await using bench = new Bench()
   bench.engine.before = (call) => { if (call === 'create main') throw new EngineError('Range of CPUs is from 0.01 to 2.00', 400) }
@@ -87,7 +102,7 @@ t.test('a promised sandbox that fails stays visible with its cause', async (t) =
 })
 
 t.test('deleted while it is made', async (t) => {
-  await using bench = new Bench({ confirm: (_address, _token, signal) => new Promise((_resolve, reject) => signal.addEventListener('abort', () => reject(signal.reason))) })
+  await using bench = new Bench({ confirm: (_address, _token, _late, signal) => new Promise((_resolve, reject) => signal.addEventListener('abort', () => reject(signal.reason))) })
   const created = bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })
   const seen = Promise.withResolvers<void>()
   bench.engine.after = (call) => { if (call === 'address') seen.resolve() }
