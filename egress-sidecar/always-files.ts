@@ -1,6 +1,11 @@
-/** The operator's rules that stand before every user's: `deny.always` and `allow.always`, one target per line. */
+/**
+ * The operator's rules that stand before every user's: `deny.always` and `allow.always`, one target per line;
+ * and `log_skip.always`, names that are not worth a log line.
+ */
 import { readFile, stat } from 'node:fs/promises'
 import { join } from 'node:path'
+import { compilePolicy } from '#policies/compile.ts'
+import { decideName } from '#policies/decide.ts'
 import type { Action, NetworkRule } from '#policies/document.ts'
 import { parseTarget } from '#policies/host.ts'
 
@@ -42,7 +47,29 @@ async function fingerprint(directory: string): Promise<string> {
   return parts.join(', ')
 }
 
+/** Names in `log_skip.always` whose allowed lookups are not worth a log line. @throws when the file cannot be read or has anything but names */
+export async function readLogSkip(directory = alwaysDirectory): Promise<(name: string) => boolean> {
+  const path = join(directory, 'log_skip.always')
+  const lines = await readLines(path)
+  for (const { number, text } of lines) {
+    const target = parseTarget(text)
+    if (!('kind' in target) || (target.kind !== 'name' && target.kind !== 'wildcard')) throw new Error(`${path} line ${number}: ${JSON.stringify(text)} is not a domain pattern; only host/domain entries are supported`)
+  }
+  if (lines.length === 0) return () => false
+  const rules = compilePolicy({ defaultAction: 'deny', egress: lines.map(({ text }) => ({ action: 'allow', target: text })) })
+  return (name) => decideName(rules, name).action === 'allow'
+}
+
 async function readTargets(path: string, action: Action): Promise<NetworkRule[]> {
+  return (await readLines(path)).map(({ number, text }) => {
+    const parsed = parseTarget(text)
+    if ('problem' in parsed) throw new Error(`${path} line ${number}: ${parsed.problem}`)
+    return { action, target: text }
+  })
+}
+
+/** Lines that are neither blank nor comments; none when there is no file. */
+async function readLines(path: string): Promise<{ number: number; text: string }[]> {
   let text: string
   try {
     text = await readFile(path, 'utf8')
@@ -51,13 +78,5 @@ async function readTargets(path: string, action: Action): Promise<NetworkRule[]>
     throw error
   }
   if (text.length > maxFileBytes) throw new Error(`${path}: longer than ${maxFileBytes} bytes`)
-  const rules: NetworkRule[] = []
-  for (const [index, line] of text.split('\n').entries()) {
-    const target = line.trim()
-    if (target === '' || target.startsWith('#')) continue
-    const parsed = parseTarget(target)
-    if ('problem' in parsed) throw new Error(`${path} line ${index + 1}: ${parsed.problem}`)
-    rules.push({ action, target })
-  }
-  return rules
+  return text.split('\n').map((line, index) => ({ number: index + 1, text: line.trim() })).filter((line) => line.text !== '' && !line.text.startsWith('#'))
 }

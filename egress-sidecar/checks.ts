@@ -7,6 +7,8 @@ import { randomBytes } from 'node:crypto'
 import { createSocket } from 'node:dgram'
 import { connect } from 'node:net'
 import type { Nft } from './nft.ts'
+import { recordTypes } from './packet.ts'
+import { writeQuestion } from './question.ts'
 import { dnsPort, listStatements } from './ruleset.ts'
 
 /** Questions seen by the listener while the checks run; answered with an empty reply. */
@@ -104,11 +106,6 @@ async function noLoop({ probe, askUpstream }: CheckInput): Promise<string | null
 
 /** A question for a name that does not exist (RFC 6761 6.4), different each time. */
 function probeQuestion(): { name: string; query: Buffer } {
-  const label = randomBytes(8).toString('hex')
-  const head = Buffer.alloc(12)
-  randomBytes(2).copy(head)
-  head.writeUInt16BE(0x0100, 2)
-  head.writeUInt16BE(1, 4)
-  const query = Buffer.concat([head, Buffer.from(`\x10${label}\x07invalid\0\0\x01\0\x01`, 'latin1')])
-  return { name: `${label}.invalid`, query }
+  const name = `${randomBytes(8).toString('hex')}.invalid`
+  return { name, query: writeQuestion(name, recordTypes.a) }
 }

@@ -4,6 +4,7 @@ import Type, { type Static } from 'typebox'
 import { canonicalAddress, readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
+import { normaliseName } from '#policies/host.ts'
 import type { Problem } from '#policies/problem.ts'
 import type { Upstream } from './ruleset.ts'
 
@@ -17,8 +18,8 @@ const ConfigSchema = Type.Object({
   logLevel: Type.Union([Type.Literal('debug'), Type.Literal('info'), Type.Literal('warn'), Type.Literal('error'), Type.Literal('fatal')], { default: 'info' }),
   logOutput: Type.String({ default: 'stdout', description: 'comma list of stdout, stderr and files' }),
   sandboxId: Type.String({ default: '', description: 'sandbox_id of every log line' }),
-  denyWebhook: Type.String({ default: '', description: 'URL that hears of denied names' }),
   upstreamTimeoutSeconds: Type.Integer({ default: 5, minimum: 1, maximum: 120 }),
+  probeSeconds: Type.Integer({ default: 30, minimum: 1, maximum: 3600, description: 'between two probes of the upstreams' }),
   blockDoh: Type.Boolean({ default: false, description: 'refuse port 443 of the DoH block list, or everywhere when the list is empty' }),
   exemption: Type.Union([Type.Literal('auto'), Type.Literal('cgroup'), Type.Literal('ports')], { default: 'auto', description: "how the kernel knows the sidecar's own packets" }),
 })
@@ -30,6 +31,12 @@ export type Config = Static<typeof ConfigSchema> & {
   /** Resolvers the sandbox may ask unfiltered. */
   readonly openResolvers: readonly string[]
   readonly dohAddresses: readonly string[]
+  /** What hears of denied names. */
+  readonly denyWebhook: URL | null
+  /** What the upstreams are asked to see whether they live; '' for the root. */
+  readonly probeName: string
+  /** Beside our own on every log line and metric. */
+  readonly attributes: ReadonlyMap<string, string>
 }
 
 type Environment = Readonly<Record<string, string | undefined>>
@@ -54,8 +61,8 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     ...given('logLevel', lenientLevel(text('LOG_LEVEL'))),
     ...given('logOutput', (env['OPENSANDBOX_LOG_OUTPUT'] ?? '').trim()),
     sandboxId: text('SANDBOX_ID'),
-    denyWebhook: text('DENY_WEBHOOK').trim(),
     ...given('upstreamTimeoutSeconds', lenientInteger(text('DNS_UPSTREAM_TIMEOUT'), 1, 120)),
+    ...given('probeSeconds', lenientInteger(text('DNS_UPSTREAM_PROBE_INTERVAL_SEC'), 1, 3600)),
     blockDoh: truthy(text('BLOCK_DOH_443')),
     ...given('exemption', text('EXEMPTION').trim().toLowerCase()),
   }
@@ -67,7 +74,13 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     upstreams: keep(() => readUpstreams(text('DNS_UPSTREAM'), resolvConf), []),
     openResolvers: unique(list(text('NAMESERVER_EXEMPT')).flatMap((item) => canonicalAddress(item) ?? [])),
     dohAddresses: unique(list(text('DOH_BLOCKLIST')).filter((item) => readNetwork(item) !== null)),
+    denyWebhook: keep(() => readWebhook(text('DENY_WEBHOOK').trim()), null),
+    probeName: keep(() => readProbeName(text('DNS_UPSTREAM_PROBE').trim()), ''),
+    attributes: keep(() => readAttributes(text('METRICS_EXTRA_ATTRS')), new Map()),
   }
+  // Whoever asks for interception must not believe that it happens.
+  const interception = { MITMPROXY_TRANSPARENT: truthy(text('MITMPROXY_TRANSPARENT')), MITMPROXY_SSL_INSECURE: truthy(text('MITMPROXY_SSL_INSECURE')), MITMPROXY_SCRIPT: text('MITMPROXY_SCRIPT').trim() !== '' }
+  for (const [name, wanted] of Object.entries(interception)) if (wanted) problems.push({ path: prefix + name, reason: 'is set, but TLS interception is not part of this sidecar: unset it' })
   if (problems.length > 0) throw new ConfigError(problems)
   return Object.freeze(config)
 }
@@ -120,6 +133,35 @@ function readRules(text: string): NetworkPolicy {
   const read = readNetworkPolicy(value, path)
   if (!read.ok) throw new ConfigError(read.problems)
   return read.policy
+}
+
+function readWebhook(text: string): URL | null {
+  if (text === '') return null
+  const url = URL.parse(text)
+  if (url === null || !['http:', 'https:'].includes(url.protocol)) throw new ConfigError([{ path: `${prefix}DENY_WEBHOOK`, reason: 'is not an http:// or https:// URL' }])
+  return url
+}
+
+function readProbeName(text: string): string {
+  const name = normaliseName(text)
+  if (name === null) throw new ConfigError([{ path: `${prefix}DNS_UPSTREAM_PROBE`, reason: `${JSON.stringify(text)} is not a name` }])
+  return name
+}
+
+/** Keys of our own log lines and labels of our own metrics: a second value under the same key would hide the first. */
+const ownKeys = new Set(['level', 'ts', 'logger', 'msg', 'opensandbox.event', 'le', 'result', 'reason'])
+
+/** `key=value,key2=value2`; an entry without a key or without a value is left out, as the original does. */
+function readAttributes(text: string): Map<string, string> {
+  const attributes = new Map<string, string>()
+  for (const item of list(text)) {
+    const at = item.indexOf('=')
+    const [key, value] = [item.slice(0, Math.max(at, 0)).trim(), item.slice(at + 1).trim()]
+    if (key !== '' && value !== '') attributes.set(key, value)
+  }
+  const problems = [...attributes.keys()].filter((key) => ownKeys.has(key)).map((key) => ({ path: `${prefix}METRICS_EXTRA_ATTRS`, reason: `${JSON.stringify(key)} is the sidecar's own` }))
+  if (problems.length > 0) throw new ConfigError(problems)
+  return attributes
 }
 
 /** `:18080`, `127.0.0.1:18080`, `[::1]:18080`; without a host all addresses. */

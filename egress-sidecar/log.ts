@@ -6,10 +6,18 @@ import { recordTypes } from './packet.ts'
 export type Log = {
   event(level: Level, event: string, message: string, fields?: object): void
   outcome(outcome: Outcome): void
+  /** A warning of a kind that the sandbox can cause as often as it likes: one of the lines for single questions. */
+  limited(event: string, message: string): void
   flush(): void
 }
 
-export type LogOptions = { readonly level: Level; readonly outputs: readonly string[]; readonly sandboxId: string }
+export type LogOptions = {
+  readonly level: Level
+  readonly outputs: readonly string[]
+  readonly sandboxId: string
+  /** On every line, beside our own keys. */
+  readonly attributes: ReadonlyMap<string, string>
+}
 
 /** Lines for single questions per second; what is beyond is counted and told once. The sandbox decides how many questions there are. */
 const questionLinesPerSecond = 100
@@ -17,10 +25,10 @@ const questionLinesPerSecond = 100
 /** A reply may hold hundreds. */
 const maxLoggedAddresses = 16
 
-export function createLog({ level, outputs, sandboxId }: LogOptions): Log {
+export function createLog({ level, outputs, sandboxId, attributes }: LogOptions): Log {
   const open = (output: string): ReturnType<typeof destination> => destination({ dest: output === 'stdout' ? 1 : output === 'stderr' ? 2 : output, sync: true, mkdir: true })
   const streams = outputs.map((output): StreamEntry => ({ level, stream: open(output) }))
-  const base = { logger: 'opensandbox.egress', ...(sandboxId === '' ? {} : { sandbox_id: sandboxId }) }
+  const base = { ...Object.fromEntries(attributes), logger: 'opensandbox.egress', ...(sandboxId === '' ? {} : { sandbox_id: sandboxId }) }
   const log = pino({ level, base, timestamp: () => `,"ts":"${new Date().toISOString()}"`, formatters: { level: (label) => ({ level: label }) } }, multistream(streams))
   let second = 0
   let lines = 0
@@ -42,6 +50,9 @@ export function createLog({ level, outputs, sandboxId }: LogOptions): Log {
       const fields = { 'target.host': question.name ?? '(malformed)', qtype: typeName(question.type), took_ms: Math.round(took * 100) / 100 }
       if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule }, 'egress denied')
       else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
+    },
+    limited(event, message) {
+      if (!dropped()) log.warn({ 'opensandbox.event': event }, message)
     },
     flush: () => log.flush(),
   }

@@ -10,7 +10,11 @@ export type Metrics = {
 /** Seconds; the interesting part is what a question costs beyond its upstream. */
 const buckets = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5] as const
 
-export function createMetrics(): Metrics {
+type Sample = readonly [suffix: string, label: string, value: number]
+
+/** @param attributes labels of every sample */
+export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics {
+  const common = [...attributes].map(([name, value]) => `${labelName(name)}="${labelValue(value)}"`).join(',')
   const questions = new Map<string, number>(results.map((result) => [result, 0]))
   const denials = new Map<string, number>()
   const counts = new Float64Array(buckets.length + 1)
@@ -32,20 +36,35 @@ export function createMetrics(): Metrics {
     policyChanged: () => void changes++,
     text({ learned, rules }) {
       const lines: string[] = []
-      const metric = (name: string, type: string, help: string, samples: readonly (readonly [labels: string, value: number])[]): void => {
-        lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...samples.map(([labels, value]) => `${labels.startsWith('_') ? name + labels : `${name}${labels}`} ${value}`))
+      const metric = (name: string, type: string, help: string, samples: readonly Sample[]): void => {
+        const sample = ([suffix, label, value]: Sample): string => `${name}${suffix}${braces(label, common)} ${value}`
+        lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...samples.map(sample))
       }
-      metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', [...questions].map(([result, count]) => [`{result="${result}"}`, count]))
-      metric('egress_policy_denied_total', 'counter', 'denied DNS questions by reason', [...denials].map(([reason, count]) => [`{reason="${reason}"}`, count]))
+      metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', [...questions].map(([result, count]) => ['', `result="${result}"`, count]))
+      metric('egress_policy_denied_total', 'counter', 'denied DNS questions by reason', [...denials].map(([reason, count]) => ['', `reason="${reason}"`, count]))
       let below = 0
-      const histogram = buckets.map((limit, i): readonly [string, number] => [`_bucket{le="${limit}"}`, (below += counts[i] as number)])
+      const histogram = buckets.map((limit, i): Sample => ['_bucket', `le="${limit}"`, (below += counts[i] as number)])
       const all = below + (counts[buckets.length] as number)
-      metric('egress_dns_query_duration_seconds', 'histogram', 'time from an allowed question to its outcome', [...histogram, ['_bucket{le="+Inf"}', all], ['_sum', sum], ['_count', all]])
-      metric('egress_policy_updates_total', 'counter', 'policies put into force since the start', [['', changes]])
-      metric('egress_policy_rules', 'gauge', "rules of the user's policy", [['', rules]])
-      metric('egress_learned_addresses', 'gauge', 'addresses remembered from answers', [['', learned]])
-      metric('process_resident_memory_bytes', 'gauge', 'resident memory', [['', process.memoryUsage.rss()]])
+      metric('egress_dns_query_duration_seconds', 'histogram', 'time from an allowed question to its outcome', [...histogram, ['_bucket', 'le="+Inf"', all], ['_sum', '', sum], ['_count', '', all]])
+      metric('egress_policy_updates_total', 'counter', 'policies put into force since the start', [['', '', changes]])
+      metric('egress_policy_rules', 'gauge', "rules of the user's policy", [['', '', rules]])
+      metric('egress_learned_addresses', 'gauge', 'addresses remembered from answers', [['', '', learned]])
+      metric('process_resident_memory_bytes', 'gauge', 'resident memory', [['', '', process.memoryUsage.rss()]])
       return `${lines.join('\n')}\n`
     },
   }
+}
+
+function braces(...labels: readonly string[]): string {
+  const given = labels.filter((label) => label !== '')
+  return given.length === 0 ? '' : `{${given.join(',')}}`
+}
+
+/** What has no place in a label's name becomes `_`. */
+function labelName(text: string): string {
+  return text.replaceAll(/^(?=\d)|[^a-zA-Z0-9_]/g, '_')
+}
+
+function labelValue(text: string): string {
+  return text.replaceAll('\\', '\\\\').replaceAll('"', '\\"').replaceAll('\n', '\\n')
 }

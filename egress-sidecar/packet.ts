@@ -4,7 +4,7 @@
  */
 
 export const rcodes = { noError: 0, formErr: 1, servFail: 2, nxDomain: 3, notImp: 4, refused: 5 } as const
-export const recordTypes = { a: 1, cname: 5, aaaa: 28, svcb: 64, https: 65 } as const
+export const recordTypes = { a: 1, ns: 2, cname: 5, aaaa: 28, svcb: 64, https: 65 } as const
 
 const headerLength = 12
 const classIn = 1

@@ -19,6 +19,10 @@ export type ResolverOptions = {
 }
 
 export type UdpResolver = Resolver & {
+  /** How many there are. */
+  readonly upstreams: number
+  /** Asks all of them, each for itself; those that give no answer at all (any rcode is one) are returned, and left out until they do. */
+  probe(query: Buffer): Promise<readonly Upstream[]>
   /** Local ports of the sockets; they stay bound until `close`. */
   readonly ports: readonly number[]
   close(): void
@@ -32,6 +36,8 @@ const maxPending = 8192
 /** An upstream that let this many questions in a row time out is asked last for a while. */
 const failuresToDistrust = 3
 const distrustMs = 30_000
+/** An upstream's answer to a probe is not waited for any longer. */
+const probeMs = 2000
 /** Before the next upstream is asked; a stub resolver waits 5 s for everything together. */
 const patienceMs = 1200
 
@@ -58,7 +64,7 @@ class Pending {
 
 type Channel = { readonly socket: Socket; readonly pending: Map<number, Pending>; readonly sent: (error: Error | null) => void }
 
-type UpstreamState = { readonly upstream: Upstream; readonly channels: Channel[]; failures: number; distrustedUntil: number }
+type UpstreamState = { readonly upstream: Upstream; readonly channels: Channel[]; failures: number; distrustedUntil: number; silent: boolean }
 
 const randomIds = new Uint16Array(2048)
 let usedIds = randomIds.length
@@ -75,9 +81,10 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   const states: UpstreamState[] = []
   let pendingCount = 0
   let sweeper: NodeJS.Timeout | null = null
+  let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], failures: 0, distrustedUntil: 0 }
+    const state: UpstreamState = { upstream, channels: [], failures: 0, distrustedUntil: 0, silent: false }
     for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
     states.push(state)
   }
@@ -158,8 +165,19 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   function inOrder(): UpstreamState[] {
     const time = now()
-    if (states.every((s) => s.distrustedUntil <= time)) return [...states]
-    return [...states.filter((s) => s.distrustedUntil <= time), ...states.filter((s) => s.distrustedUntil > time)]
+    if (states.every((s) => s.distrustedUntil <= time && !s.silent)) return [...states]
+    const heard = states.every((s) => s.silent) ? states : states.filter((s) => !s.silent)
+    return [...heard.filter((s) => s.distrustedUntil <= time), ...heard.filter((s) => s.distrustedUntil > time)]
+  }
+
+  async function probe(query: Buffer): Promise<readonly Upstream[]> {
+    await Promise.all(states.map(async (state) => {
+      pendingCount++
+      const reply = await new Promise((resolve) => send(new Pending(Buffer.from(query), query.length, [state], now() + Math.min(probeMs, timeoutMs), resolve)))
+      state.silent = reply === null && !closed
+      if (reply !== null) state.distrustedUntil = 0
+    }))
+    return states.filter((state) => state.silent).map(({ upstream }) => upstream)
   }
 
   async function askUdp(query: Buffer, questionEnd: number): Promise<Buffer | null> {
@@ -169,6 +187,8 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   }
 
   return {
+    upstreams: states.length,
+    probe,
     ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
     async ask(query, questionEnd, transport: Transport) {
       const reply = await askUdp(query, questionEnd)
@@ -182,6 +202,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       return null
     },
     close() {
+      closed = true
       if (sweeper !== null) clearInterval(sweeper)
       for (const { channels } of states) {
         for (const channel of channels) {

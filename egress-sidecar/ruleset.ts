@@ -6,6 +6,7 @@
  *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
  *   exempt                                        the sidecar's own way to its resolvers
  *   denied                                        says no at once instead of letting the client wait
+ *   forward (forward, 0, drop)                    nobody routes through the namespace
  *
  * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules; those that a new policy takes away are in
  * `shut_v4/v6` until no packet can renew them any more.
@@ -30,6 +31,8 @@ export type RulesetInput = {
   /** Resolvers the sandbox may ask directly on port 53. */
   readonly openResolvers: readonly string[]
   readonly doh: DohBlock
+  /** Does the sidecar go to a place that `controlStatements` names? */
+  readonly control: boolean
   /** Connections seen under this policy carry it, 1 to 2^31-1: an idle one outlives its address's lease, but not its policy. */
   readonly generation: number
 }
@@ -78,6 +81,8 @@ export function bootStatements(): string[] {
     ...families.map((f) => `add set ${table} shut_v${f.n} { type ${f.type}; }`),
     ...families.flatMap((f) => ['allow', 'deny'].flatMap((action) => addSets(action, f))),
     ...families.map((f) => `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`),
+    ...families.map((f) => `add set ${table} control_v${f.n} { type ${f.type} . inet_proto . inet_service; }`),
+    `add chain ${table} forward { type filter hook forward priority 0; policy drop; }`,
     `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
     `add rule ${table} arrive iifname != "lo" ct state new tcp flags & (fin | syn | rst | ack) == syn ct mark set ${inbound}`,
     `add rule ${table} egress ${repliesToOutside}`,
@@ -105,6 +110,11 @@ export function policyStatements(input: RulesetInput, forget: readonly string[] 
 /** Takes the sidecar's own way out away and leaves every other rule: for the end of the process. */
 export function closeStatements(): string[] {
   return [`flush chain ${table} exempt`]
+}
+
+/** Lets the sidecar itself, nobody else, go to one TCP port of one address: the only such place from now on. */
+export function controlStatements(address: string, port: number): string[] {
+  return [...families.map((f) => `flush set ${table} control_v${f.n}`), ...addElements(`control_v${familyOf(address).n}`, [`${address} . tcp . ${port}`])]
 }
 
 /** Opens addresses for `seconds`. An address that is known already is deleted in the same transaction: kernels before 6.12 keep the old expiry otherwise. */
@@ -191,8 +201,9 @@ function natRules({ exemption, upstreams, openResolvers, ipv6 }: RulesetInput): 
   return [...own, ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
 }
 
-function exemptRules({ exemption, upstreams, openResolvers }: RulesetInput): string[] {
+function exemptRules({ exemption, upstreams, openResolvers, control }: RulesetInput): string[] {
   const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+  if (control && exemption.protocols.includes('tcp')) own.push(...families.map((f) => `${exemption.match} ${f.ip} daddr . meta l4proto . th dport @control_v${f.n} accept`))
   return [...own, ...openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)]
 }
 

@@ -7,10 +7,11 @@ import { networkInterfaces } from 'node:os'
 import { performance } from 'node:perf_hooks'
 import { compilePolicy } from '#policies/compile.ts'
 import { listenAdmin, type Admin } from './admin.ts'
-import { createAlwaysFiles } from './always-files.ts'
+import { createAlwaysFiles, readLogSkip } from './always-files.ts'
 import { answer, type Outcome } from './answer.ts'
 import { failedChecks, rulesPresent } from './checks.ts'
 import type { Config } from './config.ts'
+import { createControlPlace } from './control.ts'
 import { chooseExemption, type ChosenExemption } from './exemption.ts'
 import { createFirewall, type Firewall } from './firewall.ts'
 import { listenDns, type DnsListener, type Handler } from './listen.ts'
@@ -23,6 +24,8 @@ import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
 import { bootStatements, closeStatements, dnsPort } from './ruleset.ts'
+import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
+import { createWebhook, type Webhook } from './webhook.ts'
 
 export type Sidecar = {
   /** Resolves when the policy is enforced and proved. @throws StartError, leaving everything refused */
@@ -44,7 +47,7 @@ const reloadMs = 30_000
 
 export function createSidecar(config: Config, log: Log): Sidecar {
   const filter = config.mode === 'dns+nft'
-  const metrics = createMetrics()
+  const metrics = createMetrics(new Map([...config.attributes, ...(config.sandboxId === '' ? [] : [['sandbox_id', config.sandboxId] as const])]))
   let unready = 'not ready'
   let nft: Nft | null = null
   let firewall: Firewall | null = null
@@ -53,6 +56,8 @@ export function createSidecar(config: Config, log: Log): Sidecar {
   let listener: DnsListener | null = null
   let admin: Admin | null = null
   let reloader: NodeJS.Timeout | null = null
+  let probes: UpstreamProbes | null = null
+  let webhook: Webhook | null = null
 
   async function start(): Promise<void> {
     if (await inHostNamespace()) throw new StartError('this is the network namespace of the host: refusing to filter it')
@@ -87,23 +92,29 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => exemption.protocols.includes('tcp') }, now))
-    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')), ports: asking.ports })
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports })
+    probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })
     // 4. the policy
     const files = createAlwaysFiles()
     const always = await files.read()
+    const notLogged = await readLogSkip()
     const found = await readPolicyFile(config.policyFile)
     if (found.warning !== null) log.event('warn', 'egress.policy_file', `policy file not used: ${found.warning}`)
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow })
-    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] } }
+    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
     const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now }))
     // 5. proof
     const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => asking.ask(query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
+    const hook = (webhook = config.denyWebhook === null ? null : await openWebhook(config.denyWebhook, { resolver: asking, nft: kernel, ipv6 }, exemption))
     const report = (outcome: Outcome): void => {
+      const { question: { name }, result } = outcome
       metrics.outcome(outcome)
+      if (result === 'answered' && name !== null && notLogged(name)) return
       log.outcome(outcome)
+      if (result === 'denied' && hook !== null && name !== null && name !== '') hook.denied(name)
     }
     const answerDeps = { resolver: asking, firewall: guard, mayOpen, now, report }
     handler = (message, transport) => answer(message, transport, answerDeps)
@@ -112,6 +123,13 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     unready = ''
     log.event('info', 'egress.loaded', 'egress policy loaded', { 'egress.default': policy.defaultAction, rules: policy.egress, mode: config.mode, exemption: exemption.kind, exemption_why: exemption.why, ipv6 })
     if (!filter) log.event('warn', 'egress.dns_only', 'mode dns filters names only: connections to addresses are not restricted')
+  }
+
+  async function openWebhook(url: URL, reaching: { resolver: UdpResolver; nft: Nft; ipv6: boolean }, exemption: ChosenExemption): Promise<Webhook> {
+    if (filter && !exemption.protocols.includes('tcp')) log.event('warn', 'egress.webhook_by_policy', 'exempt by ports: the webhook is reached only where the policy allows its address')
+    const host = url.hostname.replaceAll(/[[\]]/g, '')
+    const place = createControlPlace({ ...reaching, host, port: Number(url.port) || (url.protocol === 'https:' ? 443 : 80), now: () => performance.now() })
+    return createWebhook({ url, sandboxId: config.sandboxId, place, warn: (message) => log.limited('egress.webhook', message) })
   }
 
   async function reload(kept: PolicyKeeper): Promise<void> {
@@ -128,6 +146,8 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       const enforced = unready === ''
       unready = 'stopping'
       if (reloader !== null) clearInterval(reloader)
+      probes?.close()
+      webhook?.close()
       await admin?.close()
       // The exemption goes before its ports are given up. A start that failed leaves nothing open at all.
       await nft?.apply(enforced ? closeStatements() : bootStatements()).catch((error: Error) => log.event('error', 'egress.close', error.message))

@@ -64,3 +64,19 @@ t.test('every problem at once, with its path', async (t) => {
 t.test('listen address', async (t) => {
   for (const [text, want] of [[':1', { host: '', port: 1 }], ['127.0.0.1:18080', { host: '127.0.0.1', port: 18080 }], ['[::1]:0', { host: '::1', port: 0 }]] as const) t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_HTTP_ADDR: text }).http, want, text)
 })
+
+t.test('webhook, probes, attributes', async (t) => {
+  t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DENY_WEBHOOK: ' https://hook.example:8443/x ' }).denyWebhook?.href, 'https://hook.example:8443/x')
+  t.equal(readConfig(dns).denyWebhook, null)
+  for (const text of ['hook.example', 'ftp://hook.example', 'http://', 'unix:/x']) t.match(problemsOf({ OPENSANDBOX_EGRESS_DENY_WEBHOOK: text }), [/^OPENSANDBOX_EGRESS_DENY_WEBHOOK: is not an http/], text)
+  for (const [text, want] of [['', ''], ['.', ''], [' Probe.Example. ', 'probe.example']] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: text }).probeName, want, JSON.stringify(text))
+  t.match(problemsOf({ OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: 'a..b' }), [/PROBE: "a\.\.b" is not a name/])
+  for (const [text, want] of [['7', 7], ['0', 30], ['x', 30], ['9999', 3600]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: text }).probeSeconds, want, text)
+  t.same([...readConfig({ ...dns, OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'team=a, url=x=y ,empty=,=none,bare' }).attributes], [['team', 'a'], ['url', 'x=y']])
+  t.match(problemsOf({ OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'level=1,le=2' }), [/"level" is the sidecar's own/, /"le" is/])
+})
+
+t.test('interception is refused, not ignored', async (t) => {
+  for (const [name, text] of [['TRANSPARENT', 'true'], ['SSL_INSECURE', 'on'], ['SCRIPT', '/x.py']] as const) t.match(problemsOf({ [`OPENSANDBOX_EGRESS_MITMPROXY_${name}`]: text }), [/^OPENSANDBOX_EGRESS_MITMPROXY_\w+: is set, but TLS interception is not part/], name)
+  t.same(problemsOf({ OPENSANDBOX_EGRESS_MITMPROXY_TRANSPARENT: 'false', OPENSANDBOX_EGRESS_MITMPROXY_SSL_INSECURE: '0', OPENSANDBOX_EGRESS_MITMPROXY_PORT: '18081' }), [], 'off is off')
+})

@@ -5,6 +5,7 @@ import { createServer } from 'node:net'
 import t, { type Test } from 'tap'
 import { createResolver, type UdpResolver } from '../../egress-sidecar/resolver.ts'
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
+import { startProbes } from '../../egress-sidecar/upstream-probes.ts'
 import { message, rcodeOf, replyFlags, toQuestion, types } from './message.ts'
 
 type Reply = (query: Buffer, send: (reply: Buffer) => void, peer: RemoteInfo) => void
@@ -147,4 +148,35 @@ t.test('closing answers everybody', async (t) => {
   const asked = resolver.ask(query(), end, 'udp')
   resolver.close()
   t.equal(await asked, null)
+})
+
+t.test('a probe leaves out who is silent, until it is not', async (t) => {
+  let alive = false
+  const sleeper = await upstream(t, (asked, send) => void (alive && send(answer(asked, '198.51.100.2'))))
+  const refuser = await upstream(t, (asked, send) => send(message({ id: asked.readUInt16BE(0), flags: replyFlags | 5, name: 'a.example' })))
+  const well = await upstream(t, good)
+  const resolver = await resolverOf(t, [sleeper, refuser, well], 300)
+  t.same((await resolver.probe(query())).map(({ port }) => port), [sleeper.port], 'a refusal is an answer')
+  const asked = sleeper.asked
+  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  t.equal(sleeper.asked, asked, 'not asked')
+  alive = true
+  t.same(await resolver.probe(query()), [])
+  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 2)), 'first in order again')
+})
+
+t.test('nobody answers a probe: all are asked', async (t) => {
+  let alive = false
+  const peers = [await upstream(t, () => undefined), await upstream(t, (asked, send) => void (alive && send(answer(asked))))]
+  const resolver = await resolverOf(t, peers, 300)
+  const warnings: string[] = []
+  const warned = new Promise<void>((resolve) => {
+    const probes = startProbes({ resolver, name: 'a.example', intervalSeconds: 3600, warn: (text) => void (warnings.push(text) === 3 && resolve()) })
+    t.teardown(() => probes.close())
+  })
+  await warned
+  t.match(warnings, [`[dns] upstream probe: no answer from 127.0.0.1:${peers[0]?.port}`, `[dns] upstream probe: no answer from 127.0.0.1:${peers[1]?.port}`, /no upstream answers, all of them are asked/])
+  alive = true
+  await resolver.probe(query())
+  t.ok(await resolver.ask(query(), end, 'udp'))
 })

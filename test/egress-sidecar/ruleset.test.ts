@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import t from 'tap'
 import { compilePolicy } from '#policies/compile.ts'
 import { readNetworkPolicy } from '#policies/document.ts'
-import { bootStatements, closeStatements, leaseSeconds, openStatements, policyStatements, type RulesetInput } from '../../egress-sidecar/ruleset.ts'
+import { bootStatements, closeStatements, controlStatements, leaseSeconds, openStatements, policyStatements, type RulesetInput } from '../../egress-sidecar/ruleset.ts'
 
 const input: RulesetInput = {
   rules: compilePolicy({
@@ -25,6 +25,7 @@ const input: RulesetInput = {
   upstreams: [{ address: '198.51.100.53', port: 53 }, { address: '2001:db8::53', port: 5353 }],
   openResolvers: [],
   doh: { everywhere: false, addresses: [] },
+  control: false,
   generation: 1,
 }
 const allowAll = readNetworkPolicy({ defaultAction: 'allow' })
@@ -38,6 +39,7 @@ const rulesets: Record<string, readonly string[]> = {
   'a DoH block list': policyStatements({ ...input, doh: { everywhere: false, addresses: ['9.9.9.0/24', '9.9.9.9', '2620:fe::fe'] } }),
   'mode dns': policyStatements({ ...input, filter: false }),
   'opening addresses': openStatements(new Map([['198.51.100.1', 60], ['198.51.100.2', 90], ['2001:db8::2', 360]]), new Set(['198.51.100.2'])),
+  'a place of our own': [...policyStatements({ ...input, control: true }).filter((statement) => statement.includes('control')), ...controlStatements('198.51.100.80', 8443), ...controlStatements('2001:db8::80', 443)],
   'the end': closeStatements(),
 }
 
@@ -67,6 +69,10 @@ t.test('the exemption never leads anywhere else', async (t) => {
   for (const statement of policyStatements(input)) {
     if (statement.includes('0x1ee7')) t.match(statement, /^add rule inet opensandbox (nat|exempt) meta mark 0x1ee7 ip6? daddr (198\.51\.100\.53|2001:db8::53) (udp|tcp) dport (53|5353) accept$/)
   }
+  const control = (protocols: readonly ('udp' | 'tcp')[]): string[] => policyStatements({ ...input, control: true, exemption: { ...input.exemption, protocols } }).filter((statement) => statement.includes('control'))
+  for (const statement of control(['udp', 'tcp'])) t.match(statement, /^add rule inet opensandbox exempt meta mark 0x1ee7 ip6? daddr \. meta l4proto \. th dport @control_v[46] accept$/)
+  t.equal(control(['udp', 'tcp']).length, 2)
+  t.same(control(['udp']), [], 'where nothing proves that a TCP packet is ours, there is no way out for it')
 })
 
 t.test('leases', async (t) => {

@@ -52,6 +52,12 @@ for (const port of ports.split(',').map(Number)) {
     report({ saw: 'tcp', to: socket.localAddress, port })
     socket.on('error', () => socket.destroy())
     socket.on('data', (data) => {
+      const text = data.toString('latin1')
+      if (text.startsWith('POST ')) {
+        report({ saw: 'post', to: socket.localAddress, port, text })
+        socket.write('HTTP/1.1 204 No Content\r\n\r\n')
+        return
+      }
       report({ saw: 'bytes', to: socket.localAddress, port, length: data.length })
       socket.write(data)
     })

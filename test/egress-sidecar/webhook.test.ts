@@ -1,0 +1,171 @@
+/** The webhook: what is sent, what is tried again, what is dropped; and the lookups of its name. */
+import { once } from 'node:events'
+import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import t, { type Test } from 'tap'
+import { createControlPlace } from '../../egress-sidecar/control.ts'
+import { createWebhook } from '../../egress-sidecar/webhook.ts'
+import { fakeNft } from './fake-nft.ts'
+import { message, replyFlags, toQuestion, types } from './message.ts'
+
+type Got = { readonly method: string; readonly url: string; readonly type: string; readonly authorization: string; readonly body: string }
+
+/** A receiver that answers with these statuses one after the other, then 204; 'cut' ends the connection, 'hold' waits for `release`. */
+async function receiver(t: Test, ...answers: (number | 'cut' | 'hold')[]) {
+  const got: Got[] = []
+  const held: ServerResponse[] = []
+  let heard: () => void = () => undefined
+  const server = createServer(async (request: IncomingMessage, response) => {
+    let body = ''
+    for await (const part of request) body += String(part)
+    got.push({ method: request.method ?? '', url: request.url ?? '', type: request.headers['content-type'] ?? '', authorization: request.headers.authorization ?? '', body })
+    const answer = answers.shift() ?? 204
+    if (answer === 'cut') request.socket.destroy()
+    else if (answer === 'hold') held.push(response)
+    else response.writeHead(answer).end()
+    heard()
+  })
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => {
+    server.closeAllConnections()
+    server.close()
+  })
+  return {
+    url: new URL(`http://user:secret@hook.example:${(server.address() as AddressInfo).port}/a?b=c`),
+    got,
+    release: () => held.shift()?.writeHead(200).end(),
+    async until(count: number) {
+      while (got.length < count) await new Promise<void>((resolve) => (heard = resolve))
+    },
+  }
+}
+
+async function webhookTo(t: Test, url: URL) {
+  const warnings: string[] = []
+  const pauses: number[] = []
+  let forgotten = 0
+  let warned: () => void = () => undefined
+  const webhook = await createWebhook({
+    url,
+    sandboxId: 'box',
+    place: { reach: async () => '127.0.0.1', forget: () => void forgotten++ },
+    warn: (text) => {
+      warnings.push(text)
+      warned()
+    },
+    pause: async (ms) => void pauses.push(ms),
+  })
+  t.teardown(() => webhook.close())
+  return {
+    webhook, warnings, pauses,
+    forgotten: () => forgotten,
+    async untilWarned() {
+      while (warnings.length === 0) await new Promise<void>((resolve) => (warned = resolve))
+    },
+  }
+}
+
+t.test('one event per denied name, in order, as the original writes it', async (t) => {
+  const peer = await receiver(t)
+  const { webhook, warnings } = await webhookTo(t, peer.url)
+  for (const name of ['a.example', 'b.example', 'a.example']) webhook.denied(name)
+  await peer.until(3)
+  t.match(peer.got[0], { method: 'POST', url: '/a?b=c', type: 'application/json', authorization: `Basic ${btoa('user:secret')}` })
+  t.match(peer.got[0]?.body, /^\{"hostname":"a\.example","timestamp":"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ","source":"opensandbox-egress","sandboxId":"box"\}$/)
+  t.same(peer.got.map(({ body }) => (JSON.parse(body) as { hostname: string }).hostname), ['a.example', 'b.example', 'a.example'])
+  t.same(warnings, [])
+})
+
+for (const [answers, posts, waits, warning] of [
+  [[500, 503], 3, [1000, 2000], null],
+  [['cut', 'cut', 'cut'], 4, [1000, 2000, 4000], null],
+  [[500, 500, 500, 502], 4, [1000, 2000, 4000], /status 502$/],
+  [['cut', 'cut', 'cut', 'cut'], 4, [1000, 2000, 4000], /a\.example: .+/],
+  [[404], 1, [], /status 404$/],
+  [[301], 1, [], /status 301$/],
+] as const) {
+  t.test(`answers ${answers.join(', ')}`, async (t) => {
+    const peer = await receiver(t, ...answers)
+    const { webhook, warnings, pauses, forgotten, untilWarned } = await webhookTo(t, peer.url)
+    webhook.denied('a.example')
+    await peer.until(posts)
+    if (warning !== null) await untilWarned()
+    t.equal(peer.got.length, posts)
+    t.same(pauses, waits)
+    t.equal(forgotten(), waits.length, 'the name is asked for again before every further attempt')
+    if (warning === null) t.same(warnings, [])
+    else t.match(warnings, [warning])
+  })
+}
+
+t.test('256 wait, the newest is dropped', async (t) => {
+  const peer = await receiver(t, 'hold')
+  const { webhook, warnings } = await webhookTo(t, peer.url)
+  webhook.denied('first.example')
+  await peer.until(1)
+  for (let i = 0; i < 258; i++) webhook.denied(`n${i}.example`)
+  t.same(warnings, ['[events] blocked-event queue full; dropping hostname n256.example', '[events] blocked-event queue full; dropping hostname n257.example'])
+  peer.release()
+  await peer.until(257)
+  t.match(peer.got[256]?.body, /"n255\.example"/)
+})
+
+t.test('closed: what waits is lost, nothing is sent any more', async (t) => {
+  const peer = await receiver(t, 'hold')
+  const { webhook, warnings } = await webhookTo(t, peer.url)
+  webhook.denied('a.example')
+  webhook.denied('b.example')
+  await peer.until(1)
+  webhook.close()
+  webhook.denied('c.example')
+  await new Promise(setImmediate)
+  t.equal(peer.got.length, 1)
+  t.same(warnings, [])
+})
+
+function placeOf(host: string, answers: readonly { type: number; data: string; ttl: number }[], ipv6 = true) {
+  const nft = fakeNft()
+  const asked: number[] = []
+  let time = 0
+  const place = createControlPlace({
+    host, port: 8443, ipv6, nft, now: () => time,
+    resolver: {
+      ask: async (query, end) => {
+        const type = query.readUInt16BE(end - 4)
+        asked.push(type)
+        const records = answers.filter((record) => record.type === type).slice(-1)
+        return message({ id: query.readUInt16BE(0), flags: replyFlags, name: host, type, answers: records.map((record) => ({ name: toQuestion, ...record })) })
+      },
+    },
+  })
+  return { place, nft, asked, pass: (ms: number) => void (time += ms) }
+}
+
+t.test('a place of our own: asked for over our sockets, opened, remembered', async (t) => {
+  const records = [{ type: types.A, data: '198.51.100.80', ttl: 60 }]
+  const { place, nft, asked, pass } = placeOf('hook.example', records)
+  t.equal(await place.reach(), '198.51.100.80')
+  t.match(nft.transactions, [/flush set inet opensandbox control_v4; .*add element inet opensandbox control_v4 \{ 198\.51\.100\.80 \. tcp \. 8443 \}$/])
+  pass(59_000)
+  await place.reach()
+  t.equal(asked.length, 1, 'its TTL')
+  pass(2000)
+  await place.reach()
+  t.same([asked.length, nft.transactions.length], [2, 1], 'the same address: nothing to open')
+  records.push({ type: types.A, data: '198.51.100.81', ttl: 0 })
+  place.forget()
+  t.equal(await place.reach(), '198.51.100.81')
+  t.equal(nft.transactions.length, 2, 'another one takes its place')
+  await place.reach()
+  t.equal(asked.length, 3, 'not asked for every event even with TTL 0')
+})
+
+t.test('a place of our own: addresses and failures', async (t) => {
+  const literal = placeOf('198.51.100.80', [])
+  t.same([await literal.place.reach(), literal.asked, literal.nft.transactions.length], ['198.51.100.80', [], 1])
+  const six = placeOf('six.example', [{ type: types.AAAA, data: '2001:db8::80', ttl: 60 }])
+  t.same([await six.place.reach(), six.asked], ['2001:db8::80', [types.A, types.AAAA]])
+  await t.rejects(placeOf('six.example', [{ type: types.AAAA, data: '2001:db8::80', ttl: 60 }], false).place.reach(), /has no address/)
+  await t.rejects(placeOf('2001:db8::80', [], false).place.reach(), /has no address/, 'without IPv6 not even as a literal: nobody wipes marks there')
+})
