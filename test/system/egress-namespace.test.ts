@@ -182,27 +182,54 @@ t.test('a start that fails leaves everything refused', async (t) => {
   t.equal(await bad.run('nft', 'list', 'tables'), '', 'bad configuration: nothing was touched')
 })
 
-t.test('exempt by cgroup: only the sidecar, and only to its resolver', async (t) => {
-  await using space = await createNamespaces()
-  const tree = ['/sys/fs/cgroup/unified', '/sys/fs/cgroup'].find((path) => existsSync(`${path}/cgroup.procs`))
-  if (tree === undefined) return t.plan(0, 'this machine has no cgroup2 tree')
-  const cgroup = `${tree}/egress-test-${process.pid}`
-  mkdirSync(cgroup)
-  try {
-    const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') }, cgroup)
-    t.match(sidecar.log(), /"exemption":"cgroup-(iptables|nft)"/)
+for (const [rung, tools] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'iptables', 'ip6tables']], ['cgroup-nft', ['ip', 'sh', 'mount', 'nft']]] as const) {
+  t.test(`exempt by cgroup, ${rung}: only the sidecar, and only to its resolver and its webhook`, async (t) => {
+    await using space = await createNamespaces()
+    await using cgroup = await ownCgroup()
+    // A machine that has just these programs.
+    const PATH = t.testdir(Object.fromEntries(tools.map((tool) => [tool, t.fixture('symlink', programPath(tool))])))
+    const hook = '198.18.50.1'
+    const sidecar = await space.startSidecar({ PATH, OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_DENY_WEBHOOK: 'http://ip-198-18-50-1.hook.example:8443/denied?from=us', OPENSANDBOX_EGRESS_SANDBOX_ID: 'box' }, cgroup.path)
+    t.match(sidecar.log(), `"exemption":"${rung}"`)
     t.equal((await space.ask({ ask: 'ip-198-18-0-1.ok.example' }))[0]?.answers, 1)
     t.equal((await space.ask({ ask: 'many-500.ok.example', tcp: true }))[0]?.answers, 500, 'truncated over UDP, asked again over TCP')
     t.same(new Set((await space.ask(...Array.from({ length: 50 }, (_, i) => ({ connect: `198.18.${i & 1}.${i * 4}` })))).map((told) => told.result)), new Set(['open']))
     const forged = await space.run('python3', '-c', forgery, outside.v4, '198.18.200.1')
     t.same(forged.trim().split('\n'), ['53 3', 'refused'], 'a mark is wiped: the question is judged, the connection refused')
     t.same(space.seen.filter((line) => line.name === 'evil.example' || line.to?.endsWith('198.18.200.1')), [])
-    await sidecar.end('SIGTERM')
-  } finally {
-    await eventually('the cgroup is empty', async () => readFileSync(`${cgroup}/cgroup.procs`, 'utf8') === '' ? true : undefined)
-    rmdirSync(cgroup)
+
+    await space.ask({ ask: 'Secret.Evil.example' }, { ask: 'secret.evil.example', type: 28 }, { ask: 'ip-198-18-50-1.hook.example' })
+    const posts = (): Seen[] => space.seen.filter((line) => line.saw === 'post')
+    await eventually('every denied question is told', async () => (posts().length >= 4 ? true : undefined))
+    const [headers = '', body = ''] = posts()[1]?.text?.split('\r\n\r\n') ?? []
+    t.match(headers, /^POST \/denied\?from=us HTTP\/1\.1\r\n[\s\S]*host: ip-198-18-50-1\.hook\.example:8443/i)
+    t.match(JSON.parse(body), { hostname: 'secret.evil.example', timestamp: /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$/, source: 'opensandbox-egress', sandboxId: 'box' })
+    t.same(posts().map((line) => JSON.parse(line.text?.split('\r\n\r\n')[1] ?? '').hostname), ['evil.example', 'secret.evil.example', 'secret.evil.example', 'ip-198-18-50-1.hook.example'], 'and nothing about our own lookups')
+    t.same((await space.ask({ connect: hook, port: 8443 }, { connect: hook, port: 443 })).map((told) => told.result), ['ECONNREFUSED', 'ECONNREFUSED'], 'the sandbox does not reach it')
+    t.equal(await sidecar.end('SIGTERM'), 0)
+  })
+}
+
+/** A cgroup below the root of the machine's cgroup2 tree; removed when nobody is in it any more. */
+async function ownCgroup(): Promise<AsyncDisposable & { readonly path: string }> {
+  const tree = ['/sys/fs/cgroup/unified', '/sys/fs/cgroup'].find((path) => existsSync(`${path}/cgroup.procs`))
+  if (tree === undefined) throw new Error('this machine has no cgroup2 tree')
+  const path = `${tree}/egress-test-${process.pid}`
+  mkdirSync(path)
+  return {
+    path,
+    async [Symbol.asyncDispose]() {
+      await eventually('the cgroup is empty', async () => (readFileSync(`${path}/cgroup.procs`, 'utf8') === '' ? true : undefined))
+      rmdirSync(path)
+    },
   }
-})
+}
+
+function programPath(program: string): string {
+  const directory = [...(process.env['PATH'] ?? '').split(':'), '/usr/sbin', '/sbin'].find((path) => existsSync(`${path}/${program}`))
+  if (directory === undefined) throw new Error(`${program} is not installed`)
+  return `${directory}/${program}`
+}
 
 /** Root of the namespace sets the sidecar's mark on its own sockets, asks the resolver and connects to anywhere. */
 const forgery = `

@@ -9,7 +9,7 @@ export const outside = { v4: '198.51.100.53', v6: '2001:db8:53::53', other: '198
 export const openPorts = [80, 443, 853, 8443] as const
 let made = 0
 
-export type Seen = { saw: string; name?: string; type?: number; to?: string; port?: number; length?: number }
+export type Seen = { saw: string; name?: string; type?: number; to?: string; port?: number; length?: number; text?: string }
 
 export interface Namespaces extends AsyncDisposable {
   /** Name of the guarded namespace. */
@@ -94,9 +94,11 @@ export async function createNamespaces({ ipv6 = true }: { ipv6?: boolean } = {})
         return told
       },
       async startSidecar(env, cgroup = '') {
-        const command = ['ip', 'netns', 'exec', inside, process.execPath, 'egress-sidecar/main.ts']
-        // The shell enters the cgroup, then becomes the sidecar.
-        const args = cgroup === '' ? command : ['sh', '-c', `echo $$ > ${cgroup}/cgroup.procs && exec "$@"`, 'sh', ...command]
+        const program = [process.execPath, 'egress-sidecar/main.ts']
+        const enter = ['ip', 'netns', 'exec', inside]
+        // The shells enter the cgroup, mount the tree where nft looks for it (`ip` gives its child a /sys of its own), and become the sidecar.
+        const inCgroup = ['sh', '-c', `echo $$ > ${cgroup}/cgroup.procs && exec "$@"`, 'sh', ...enter, 'sh', '-c', 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"', 'sh', ...program]
+        const args = cgroup === '' ? [...enter, ...program] : inCgroup
         const child = execa(args[0] as string, args.slice(1), { cwd: root, reject: false, all: true, buffer: false, env: { OPENSANDBOX_EGRESS_DNS_UPSTREAM: outside.v4, OPENSANDBOX_EGRESS_EXEMPTION: 'ports', ...env } })
         children.push(child)
         let log = ''
