@@ -5,6 +5,7 @@ import type { Locator } from './locate.ts'
 import type { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
 import type { UpgradeOptions, UpgradeRelay } from './relay-upgrade.ts'
+import type { Renewals } from './renewals.ts'
 import type { RouteTable } from './routes.ts'
 import type { FailureThrottle } from './throttle.ts'
 import type { UpstreamGuard } from './upstream-guard.ts'
@@ -18,6 +19,8 @@ export type Edge = {
   readonly upgrades: UpgradeRelay
   readonly relays: Set<HttpRelay>
   readonly relayOptions: UpgradeOptions
+  /** null: nobody is told which sandboxes are used. */
+  readonly renewals: Renewals | null
   readonly trustedProxies: NetworkTable
   readonly keys: () => AccessKeys
   /** Refuse unknown sandboxes and refused access alike, so that nobody learns which ids exist. */

@@ -5,6 +5,7 @@ import type { AddressInfo, Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
+import type { Renewals as RenewalReport } from '#policies/wire.ts'
 import type { GatewayConfig } from './config.ts'
 import type { Edge } from './edge.ts'
 import { asksForWebSocket, finish, handle, handleUpgrade } from './handle.ts'
@@ -13,6 +14,7 @@ import { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { peerOf } from './peer.ts'
+import { Renewals } from './renewals.ts'
 import { refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
@@ -29,6 +31,8 @@ export type Deps = {
   /** Makes the provider that fills this table. */
   readonly provider: (table: RouteTable) => Provider
   readonly keys: () => AccessKeys
+  /** Where uses of sandboxes are reported to; null: nobody wants to know. */
+  readonly renewals: { readonly send: (report: RenewalReport) => Promise<void>; readonly onState: (problem: string) => void } | null
   /** Takes access lines; null: none wanted. */
   readonly access: ((line: string) => void) | null
 }
@@ -74,6 +78,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     upgrades,
     relays,
     relayOptions,
+    renewals: deps.renewals === null || config.renewInterval === 0 ? null : new Renewals({ interval: config.renewInterval, ...deps.renewals }),
     trustedProxies: networks(config.trustedProxies),
     keys: deps.keys,
     hideMissing: config.hideMissing,
@@ -128,6 +133,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
       server.closeIdleConnections()
       upgrades.leave()
       await provider.close()
+      await edge.renewals?.close(performance.now())
       await Promise.race([settled(closed, relays, upgrades), delay(config.drainTimeout)])
       upgrades.destroy()
       server.closeAllConnections()
@@ -138,12 +144,15 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   }
 }
 
-/** Ends what fell silent, and gives up pools nobody uses. */
+/** Ends what fell silent, gives up pools nobody uses, and reports what is in use. */
 function sweep(edge: Edge): void {
   const now = performance.now()
   for (const relay of edge.relays) relay.checkTimes(now)
   edge.upgrades.checkTimes(now)
   edge.table.sweep(now)
+  if (edge.renewals === null) return
+  for (const sandbox of edge.table.inUse()) edge.renewals.used(sandbox.entry)
+  edge.renewals.flush(now)
 }
 
 function listenOn(server: Server, config: GatewayConfig): Promise<number> {

@@ -41,6 +41,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
 
   // 4. Tell the sandbox who asks, and relay.
   const sandbox = visit.sandbox as Sandbox
+  if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
   const upstream = upstreamOf(sandbox, edge.table.tiesOf(sandbox), visit.port, edge.relayOptions)
   if (upstream === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
@@ -56,7 +57,9 @@ export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Sock
   const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
-  edge.upgrades.relay(visit, visit.sandbox as Sandbox, socket, early)
+  const sandbox = visit.sandbox as Sandbox
+  if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
+  edge.upgrades.relay(visit, sandbox, socket, early)
 }
 
 /** Is it a request to become a WebSocket? Token lists, any spelling (RFC 9110 §7.8, RFC 6455 §4.2.1). */

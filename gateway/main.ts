@@ -7,6 +7,7 @@ import { KeyRing } from './key-ring.ts'
 import { readGatewayConfig, type GatewayConfig, type ReadConfig } from './config.ts'
 import { connectionsThatFit, readLimits } from './descriptors.ts'
 import { createGateway, type Gateway } from './gateway.ts'
+import { postRenewals } from './providers/renewal-post.ts'
 import { ServerProvider } from './providers/server.ts'
 import { StaticProvider } from './providers/static.ts'
 import { superviseWorkers } from './workers.ts'
@@ -46,6 +47,7 @@ async function serve(config: GatewayConfig): Promise<void> {
     ring.start()
     const gateway = createGateway(config, {
       keys: () => ring.keys,
+      renewals: config.provider === 'server' ? { send: (report) => postRenewals(config.serverUrl, config.serverToken, report), onState: (problem) => (problem === '' ? log.info('renewals arrive again') : log.warn({ problem }, 'renewals do not arrive')) } : null,
       access: destination === null ? null : (line) => void destination.write(line),
       provider: (table) =>
         config.provider === 'static'

@@ -12,7 +12,7 @@ export interface Belonging {
 /** The connections of one life of one sandbox. */
 export class Ties {
   /** HTTP connections by port. */
-  readonly upstreams = new Map<number, Belonging & { sweep(now: number): boolean }>()
+  readonly upstreams = new Map<number, Belonging & { readonly active: number; sweep(now: number): boolean }>()
   readonly tunnels = new Set<Belonging>()
   /** Whatever else must end with the sandbox. */
   readonly others = new Set<Belonging>()
@@ -93,6 +93,14 @@ export class RouteTable {
       if (ties !== null && ties.upstreams.size + ties.tunnels.size + ties.others.size > 0) continue
       sandbox.ties = null
       this.#tied.delete(sandbox)
+    }
+  }
+
+  /** Sandboxes with a request or a tunnel under way. */
+  *inUse(): Generator<Sandbox> {
+    for (const sandbox of this.#tied) {
+      const { ties } = sandbox
+      if (ties !== null && (ties.tunnels.size > 0 || ties.upstreams.values().some((upstream) => upstream.active > 0))) yield sandbox
     }
   }
 

@@ -61,6 +61,8 @@ export type RouteEntry = {
   readonly secureAccessToken?: string
   /** Tokens of ours minted for a lower epoch are revoked. */
   readonly epoch?: number
+  /** It asked for a longer life whenever it is used: gateways report uses of it. */
+  readonly renewOnAccess?: boolean
 }
 
 /**
@@ -80,3 +82,14 @@ export const routeStreamPath = '/internal/v1/routes'
 export const routeStreamPingSeconds = 10
 /** Seconds without a live stream after which a gateway refuses new connections. */
 export const routeStreamStaleSeconds = 60
+
+/**
+ * `POST` on the lifecycle server with `authorization: Bearer <route token>`: these sandboxes have been used. Answered with 204, also
+ * when some are gone meanwhile.
+ */
+export const renewalsPath = '/internal/v1/renewals'
+/** `observedAt`: RFC 3339. Older ones than `renewalStaleSeconds` mean nothing any more. */
+export type Renewals = { readonly sandboxes: readonly { readonly id: string; readonly observedAt: string }[] }
+export const renewalStaleSeconds = 300
+/** Sandboxes in one report. */
+export const mostRenewals = 1000

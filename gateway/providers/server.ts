@@ -209,6 +209,7 @@ function isEntry(value: unknown): value is RouteEntry {
     typeof entry.lifecycle === 'string' &&
     sandboxStates.includes(entry.state as never) &&
     (entry.secureAccessToken === undefined || typeof entry.secureAccessToken === 'string') &&
-    (entry.epoch === undefined || Number.isInteger(entry.epoch))
+    (entry.epoch === undefined || Number.isInteger(entry.epoch)) &&
+    (entry.renewOnAccess === undefined || typeof entry.renewOnAccess === 'boolean')
   )
 }

@@ -3,7 +3,7 @@ import { createServer as createHttpServer, type RequestListener, type Server as 
 import { connect, createServer, type AddressInfo, type Server, type Socket } from 'node:net'
 import { parseAccessKeys } from '#policies/access.ts'
 import { checkConfig } from '#policies/config.ts'
-import type { RouteEntry } from '#policies/wire.ts'
+import type { Renewals, RouteEntry } from '#policies/wire.ts'
 import { GatewayConfigSchema, type GatewayConfig } from '../../gateway/config.ts'
 import { createGateway, type Gateway } from '../../gateway/gateway.ts'
 
@@ -12,13 +12,14 @@ export const keysText = 'a=c2VjcmV0LWE=,b=c2VjcmV0LWI='
 export type TestGateway = AsyncDisposable & { readonly gateway: Gateway; readonly port: number; readonly lines: string[]; close(): Promise<void> }
 
 /** A gateway on a free port whose table the test fills itself. */
-export async function startGateway(routes: readonly (Partial<RouteEntry> & { id: string })[], options: Partial<GatewayConfig> = {}): Promise<TestGateway> {
+export async function startGateway(routes: readonly (Partial<RouteEntry> & { id: string })[], options: Partial<GatewayConfig> = {}, renewals?: (report: Renewals) => Promise<void>): Promise<TestGateway> {
   const config = checkConfig(GatewayConfigSchema, { provider: 'static', port: 0, host: '127.0.0.1', mode: 'auto', allowLoopbackUpstreams: true, drainTimeout: 2_000, bootGrace: 0, ...options })
   const keys = parseAccessKeys(config.secureAccessKeys)
   if (!keys.ok) throw new Error('bad test keys')
   const lines: string[] = []
   const gateway = createGateway(config, {
     keys: () => keys.keys,
+    renewals: renewals === undefined ? null : { send: renewals, onState: () => undefined },
     access: (line) => void lines.push(line),
     provider: (table) => ({
       async start() {
