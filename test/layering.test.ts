@@ -24,7 +24,7 @@ const importers: Record<string, readonly string[]> = {
   fastify: ['gateway/admin.ts', 'server/'],
   dns2: ['egress-sidecar/'],
   execa: ['egress-sidecar/nft.ts', 'server/host-guard.ts', 'deploy/'],
-  'lru-cache': ['gateway/', 'egress-sidecar/'],
+  'lru-cache': ['gateway/', 'egress-sidecar/', 'server/rate-limit.ts'],
   dockerode: ['server/docker.ts'],
   pino: ['gateway/main.ts', 'gateway/workers.ts', 'egress-sidecar/log.ts', 'server/main.ts'],
   'prom-client': ['gateway/metrics.ts', 'egress-sidecar/metrics.ts', 'server/metrics.ts'],
