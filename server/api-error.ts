@@ -6,6 +6,7 @@ export const apiErrors = {
   NOT_FOUND: 404,
   METHOD_NOT_ALLOWED: 405,
   BODY_TOO_LARGE: 413,
+  TOO_MANY_REQUESTS: 429,
   NOT_IMPLEMENTED: 501,
   INVALID_METADATA_FORMAT: 400,
   INVALID_METADATA_LABEL: 400,
@@ -43,14 +44,22 @@ export type ApiErrorCode = keyof typeof apiErrors
 export class ApiError extends Error {
   readonly code: ApiErrorCode
   readonly status: number
-  constructor(code: ApiErrorCode, message: string, options?: ErrorOptions & { status?: number }) {
+  /** Seconds after which another attempt may succeed; 0: nobody knows. */
+  readonly retryAfter: number
+  constructor(code: ApiErrorCode, message: string, options?: ErrorOptions & { status?: number; retryAfter?: number }) {
     super(message, options)
     this.name = 'ApiError'
     this.code = code
     this.status = options?.status ?? apiErrors[code]
+    this.retryAfter = options?.retryAfter ?? 0
   }
 }
 
 export function notFound(id: string): ApiError {
   return new ApiError('DOCKER::SANDBOX_NOT_FOUND', `Sandbox ${id.slice(0, 128)} not found.`)
+}
+
+/** @param wait seconds until another attempt may succeed */
+export function tooMany(message: string, wait: number): ApiError {
+  return new ApiError('TOO_MANY_REQUESTS', message, { retryAfter: wait })
 }

@@ -25,6 +25,8 @@ const ServerSchema = Type.Object({
   max_sandbox_timeout_seconds: Type.Optional(Type.Integer({ minimum: 60, description: 'longest timeout a create may ask for' })),
   create_wait_seconds: Type.Number({ minimum: 0, maximum: 600, default: 10, description: 'how long POST waits for Running before it answers Pending' }),
   timeout_keep_alive: Type.Integer({ minimum: 1, default: 30, description: 'seconds an idle client connection is kept' }),
+  auth_failures_per_minute: Type.Integer({ minimum: 0, default: 30, description: 'wrong keys a client address may send; 0 means no limit' }),
+  creates_per_minute: Type.Integer({ minimum: 0, default: 600, description: 'creates a client address may ask for; 0 means no limit' }),
   limit_concurrency: Type.Integer({ minimum: 0, default: 1024, description: 'client connections at once; 0 means no limit' }),
   backlog: Type.Integer({ minimum: 1, default: 2048, description: 'connections the kernel holds until they are accepted' }),
   max_body_bytes: Type.Integer({ minimum: 1024, default: 1048576, description: 'largest request body' }),
@@ -86,6 +88,10 @@ export const ConfigSchema = Type.Object({
   docker: DockerSchema,
   egress: EgressSchema,
   ingress: IngressSchema,
+  renew_intent: Type.Object({
+    enabled: Type.Boolean({ default: true, description: 'use through a gateway extends the life of sandboxes that asked for it' }),
+    min_interval_seconds: Type.Integer({ minimum: 1, default: 60, description: 'a sandbox is not extended twice within this time' }),
+  }, table),
   store: Type.Object({
     type: Type.Literal('sqlite', { default: 'sqlite' }),
     path: Type.String({ minLength: 1, default: '~/.opensandbox/sallyport.db', description: 'database file; its folder is created' }),

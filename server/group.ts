@@ -51,6 +51,8 @@ export type SandboxRecord = {
   readonly platform: Platform | null
   readonly egress: { readonly token: string; readonly policy: NetworkPolicy } | null
   readonly secureAccessToken: string | null
+  /** Tokens minted for a lower one are revoked; absent in records of older versions: 0. */
+  readonly accessEpoch?: number
   readonly hostPorts: HostPorts
   readonly renewExtendSeconds: number | null
 }

@@ -9,6 +9,7 @@ import { GroupWork, sameFacts, stepsFor, toFact, type WorkDeps } from './group-w
 import { newSandboxId, newToken } from './ids.ts'
 import { patchMetadata } from './metadata.ts'
 import { recordFromLabels } from './recover.ts'
+import { statusOf } from './sandbox-view.ts'
 
 export type GroupsDeps = Omit<TableDeps, 'expire'> & Omit<WorkDeps, 'table'>
 
@@ -89,6 +90,29 @@ export class Groups {
     return this.#table.update(entry, { expiresAt }, false)
   }
 
+  /**
+   * It was used: with renew-on-access its life is extended, unless it was a moment ago. Nothing happens to sandboxes that are gone,
+   * are not running, or did not ask for it. @returns whether it lives longer now
+   */
+  used(id: string): boolean {
+    const entry = this.#table.find(id)
+    if (entry === undefined || statusOf(entry.group).state !== 'Running') return false
+    const { renewExtendSeconds, expiresAt } = entry.group.record
+    if (renewExtendSeconds === null || expiresAt === null) return false
+    const until = this.#deps.now() + renewExtendSeconds * 1000
+    // What it gains is the time since it was last renewed: the throttle needs no memory of its own, and survives a restart.
+    if (until - expiresAt < this.#deps.config.renew_intent.min_interval_seconds * 1000) return false
+    this.#table.update(entry, { expiresAt: until }, false)
+    this.#deps.report('renewed', id, {})
+    return true
+  }
+
+  /** No token of ours that was minted so far opens this sandbox any more. */
+  revokeAccess(id: string): SandboxRecord {
+    const entry = this.#table.entry(id)
+    return this.#table.update(entry, { accessEpoch: (entry.group.record.accessEpoch ?? 0) + 1 }, false)
+  }
+
   /** @param patch null deletes a key */
   patch(id: string, patch: Readonly<Record<string, string | null>>): Group {
     const entry = this.#table.entry(id)
@@ -164,7 +188,7 @@ export class Groups {
   async #recover(id: string, seen: readonly Found[]): Promise<void> {
     const found = id === '' ? seen : await this.#work.containers(id)
     if (this.#table.find(id) !== undefined || found.length === 0) return
-    const record = recordFromLabels(id, found)
+    const record = recordFromLabels(id, found, this.#deps.now())
     if (record !== null) {
       this.#deps.store.put(record)
       this.#table.add({ record, facts: found.map(toFact), progress: null })

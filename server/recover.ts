@@ -10,8 +10,9 @@ const foreign = ['org.opencontainers.image.', 'com.docker.', 'desktop.docker.']
 /**
  * null when the group is not complete: then it must go. A main container that has been started proves that its
  * sidecar had confirmed the rules; one that is only created proves nothing.
+ * @param now ms since 1970. Which tokens were revoked went with the store, so those minted before now are.
  */
-export function recordFromLabels(id: string, found: readonly Found[]): SandboxRecord | null {
+export function recordFromLabels(id: string, found: readonly Found[], now: number): SandboxRecord | null {
   const main = found.find((container) => container.member === mainMember)
   if (main === undefined || main.state === 'created' || id === '') return null
   const label = main.labels
@@ -28,6 +29,7 @@ export function recordFromLabels(id: string, found: readonly Found[]): SandboxRe
     platform: label[labels.platformOs] === undefined ? null : { os: label[labels.platformOs] ?? '', arch: label[labels.platformArch] ?? '' },
     egress: token === undefined ? null : { token, policy: { defaultAction: 'deny', egress: [] } },
     secureAccessToken: label[labels.secureAccessToken] ?? null,
+    accessEpoch: Math.floor(now / 1000),
     hostPorts: { ...port('http', label[labels.httpPort]), ...port('execd', label[labels.embeddingProxyPort]) },
     renewExtendSeconds: Number(label[labels.accessRenewExtendSeconds]) || null,
   }

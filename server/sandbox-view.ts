@@ -47,7 +47,8 @@ export function toRoute(group: Group): RouteEntry {
     host,
     state: statusOf(group).state,
     lifecycle: owner === undefined ? '' : `${owner.containerId.slice(0, 16)}@${host}`,
-    ...(group.record.secureAccessToken === null ? {} : { secureAccessToken: group.record.secureAccessToken }),
+    ...(group.record.secureAccessToken === null ? {} : { secureAccessToken: group.record.secureAccessToken, epoch: group.record.accessEpoch ?? 0 }),
+    ...(group.record.renewExtendSeconds === null || group.record.expiresAt === null ? {} : { renewOnAccess: true }),
   }
 }
 

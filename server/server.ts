@@ -2,13 +2,16 @@
 import { randomUUID } from 'node:crypto'
 import Fastify, { type FastifyError, type FastifyInstance, type FastifyReply, type FastifyRequest } from 'fastify'
 import { equalSecret } from '#policies/access.ts'
-import { headerNames, routeStreamPath } from '#policies/wire.ts'
-import { ApiError, apiErrors, type ApiErrorCode } from './api-error.ts'
+import { headerNames, renewalsPath, routeStreamPath } from '#policies/wire.ts'
+import { ApiError, apiErrors, tooMany, type ApiErrorCode } from './api-error.ts'
 import type { Config } from './config.ts'
 import type { Groups } from './groups.ts'
+import { RateLimit } from './rate-limit.ts'
 import type { RouteStream } from './route-stream.ts'
+import { addAccessRoutes } from './routes/access.ts'
 import { addEndpointRoutes } from './routes/endpoints.ts'
 import { addHealthRoutes, type Readiness } from './routes/health.ts'
+import { addInternalRoutes } from './routes/internal.ts'
 import { addNetworkPolicyRoutes } from './routes/network-policy.ts'
 import { addSandboxRoutes } from './routes/sandboxes.ts'
 import { addUnbuiltRoutes } from './routes/unbuilt.ts'
@@ -25,10 +28,12 @@ export type ServerDeps = {
   readonly finished: (request: { id: string; method: string; path: string; status: number; milliseconds: number; error: string }) => void
 }
 
-const openPaths = ['/health', routeStreamPath]
+const openPaths = ['/health', routeStreamPath, renewalsPath]
 
 export function createServer(deps: ServerDeps): FastifyInstance {
-  const { config } = deps
+  const { config, now } = deps
+  const wrongKeys = new RateLimit(config.server.auth_failures_per_minute, now)
+  const creates = new RateLimit(config.server.creates_per_minute, now)
   const app = Fastify({
     bodyLimit: config.server.max_body_bytes,
     keepAliveTimeout: config.server.timeout_keep_alive * 1000,
@@ -46,7 +51,7 @@ export function createServer(deps: ServerDeps): FastifyInstance {
   app.addHook('onRequest', async (request, reply) => {
     reply.header(headerNames.requestId, request.id)
     if (answerCors(request, reply)) return reply
-    requireKey(request, config)
+    requireKey(request, config, wrongKeys)
   })
   app.addHook('onResponse', async (request, reply) => {
     deps.finished({ id: request.id, method: request.method, path: request.url.split('?')[0] ?? '', status: reply.statusCode, milliseconds: Math.round(reply.elapsedTime), error: errorCodes.get(request) ?? '' })
@@ -58,9 +63,11 @@ export function createServer(deps: ServerDeps): FastifyInstance {
   })
 
   addHealthRoutes(app, deps)
+  addInternalRoutes(app, deps)
   for (const prefix of ['', '/v1']) {
     void app.register(async (scope) => {
-      addSandboxRoutes(scope, deps)
+      addSandboxRoutes(scope, deps, creates)
+      addAccessRoutes(scope, deps)
       addEndpointRoutes(scope, deps)
       addNetworkPolicyRoutes(scope, deps)
       addUnbuiltRoutes(scope)
@@ -96,13 +103,20 @@ function answerCors(request: FastifyRequest, reply: FastifyReply): boolean {
   return true
 }
 
-/** Before routing, so that an unknown path says nothing without the key. The route stream asks for its own token. */
-function requireKey(request: FastifyRequest, config: Config): void {
+/**
+ * Before routing, so that an unknown path says nothing without the key. What gateways ask is under a token of its own. Who has sent
+ * too many wrong keys is not heard with the right one either: that would tell which it was.
+ */
+function requireKey(request: FastifyRequest, config: Config, wrongKeys: RateLimit): void {
   const path = request.url.split('?')[0] ?? ''
   if (config.apiKey === null || openPaths.some((open) => path === open || path.startsWith(`${open}/`))) return
   const given = request.headers[headerNames.apiKey]
   if (given === undefined || given === '') throw new ApiError('MISSING_API_KEY', 'Authentication credentials are missing. Provide the API key in the OPEN-SANDBOX-API-KEY header.')
-  if (typeof given !== 'string' || !equalSecret(given, config.apiKey)) throw new ApiError('INVALID_API_KEY', 'Authentication credentials are invalid.')
+  const wait = wrongKeys.wait(request.ip)
+  if (wait > 0) throw tooMany('Too many wrong API keys came from this address.', wait)
+  if (typeof given === 'string' && equalSecret(given, config.apiKey)) return
+  wrongKeys.count(request.ip)
+  throw new ApiError('INVALID_API_KEY', 'Authentication credentials are invalid.')
 }
 
 const errorCodes = new WeakMap<FastifyRequest, string>()
@@ -112,6 +126,7 @@ function answerError(error: FastifyError | ApiError, request: FastifyRequest, re
   const fault = error instanceof ApiError ? error : toApiError(error)
   const cause = fault.cause instanceof Error ? `${fault.code}: ${fault.cause.message}` : fault.code
   errorCodes.set(request, cause)
+  if (fault.retryAfter > 0) reply.header('retry-after', String(fault.retryAfter))
   void reply.code(fault.status).send({ code: fault.code, message: fault.message })
 }
 

@@ -2,9 +2,10 @@
 import type { FastifyInstance } from 'fastify'
 import Type from 'typebox'
 import { schemaProblems } from '#policies/config.ts'
-import { ApiError } from '../api-error.ts'
+import { ApiError, tooMany } from '../api-error.ts'
 import { invalid, readCreateRequest } from '../create-request.ts'
 import { isReserved, metadataProblems } from '../metadata.ts'
+import type { RateLimit } from '../rate-limit.ts'
 import { readListQuery, selectPage } from '../list-query.ts'
 import { statusOf, toSandbox, toTimestamp } from '../sandbox-view.ts'
 import type { ServerDeps } from '../server.ts'
@@ -13,8 +14,11 @@ type WithId = { Params: { id: string } }
 const Patch = Type.Record(Type.String(), Type.Union([Type.String(), Type.Null()]))
 const openDns = 'egress.mode is "dns": names are checked, direct addresses are open'
 
-export function addSandboxRoutes(app: FastifyInstance, { groups, config, now }: ServerDeps): void {
+export function addSandboxRoutes(app: FastifyInstance, { groups, config, now }: ServerDeps, creates: RateLimit): void {
   app.post('/sandboxes', async (request, reply) => {
+    const wait = creates.wait(request.ip)
+    if (wait > 0) throw tooMany('Too many sandboxes were asked for from this address.', wait)
+    creates.count(request.ip)
     const wanted = readCreateRequest(request.body, config, now())
     const group = await groups.create(wanted)
     const { record } = group

@@ -2,6 +2,8 @@
 import { once } from 'node:events'
 import t from 'tap'
 import { request } from 'undici'
+import { decideStrongAccess } from '#policies/access.ts'
+import { toRoute } from '../../server/sandbox-view.ts'
 import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
 
 t.test('who may ask', async (t) => {
@@ -223,4 +225,104 @@ t.test('the route stream', async (t) => {
   t.equal(events.at(-1)?.id, first)
   body.on('error', () => undefined).destroy()
   t.equal((await request(`${address}/internal/v1/routes`, { headers: { authorization: 'Bearer route' } }).then(async (r) => (await r.body.dump(), r.statusCode))), 401)
+})
+
+t.test('too many wrong keys, too many creates', async (t) => {
+  await using bench = new Bench({ toml: gatewayToml.replace('[server]', '[server]\nauth_failures_per_minute = 3\ncreates_per_minute = 2') })
+  const ask = (key: string, remoteAddress = '198.51.100.7') => bench.app.inject({ url: '/v1/sandboxes', headers: { 'open-sandbox-api-key': key }, remoteAddress })
+  for (let n = 0; n < 5; n++) t.equal((await ask('')).statusCode, 401, 'no key is no attempt at one')
+  for (const status of [401, 401, 401, 429]) t.equal((await ask('wrong')).statusCode, status)
+  const blocked = await ask('k1')
+  t.match([blocked.statusCode, blocked.json().code, blocked.headers['retry-after']], [429, 'TOO_MANY_REQUESTS', '60'], 'nor is the right key heard: that would tell which it is')
+  t.equal((await ask('k1', '198.51.100.8')).statusCode, 200, 'another client is not concerned')
+  for (let n = 0; n < 3; n++) await ask('wrong', `2001:db8:1:2::${n}`)
+  t.equal((await ask('k1', '2001:db8:1:2:ffff::1')).statusCode, 429, 'who has one IPv6 address has its network')
+  t.equal((await ask('k1', '2001:db8:1:3::1')).statusCode, 200)
+  bench.clock.now += 60_000
+  t.equal((await ask('k1')).statusCode, 200, 'a minute later')
+
+  await bench.create()
+  t.equal((await bench.call('POST', '/sandboxes', {})).status, 400, 'bad ones count too')
+  t.match(await bench.call('POST', '/v1/sandboxes', createBody), { status: 429, body: { code: 'TOO_MANY_REQUESTS' } }, 'bare and under /v1 together')
+  t.equal((await bench.call('GET', '/v1/sandboxes')).status, 200, 'reading goes on')
+})
+
+t.test('our own access tokens, and their end', async (t) => {
+  await using bench = new Bench()
+  const id = await bench.create({ secureAccess: true })
+  const open = await bench.create()
+  const strong = async (more = '', sandbox = id) => bench.call('GET', `/v1/sandboxes/${sandbox}/endpoints/80?expires=1900000000&form=strong${more}`)
+  const judge = (token: string, { method = 'GET', path = '/', epoch = 0 } = {}) => decideStrongAccess({ token, id, port: 80, method, path, epoch, keys: new Map([['a', Buffer.from('secret')]]), now: bench.clock.now / 1000 }).ok
+
+  const { body } = await strong()
+  const token = body.headers['Sallyport-Access']
+  t.same(body, { endpoint: `${id}-80.sandbox.localhost:28888`, headers: { 'Sallyport-Access': token }, signedEndpoint: `${id}-80.sandbox.localhost:28888/?sallyport_access=${token}` }, 'the sandbox’s own token is not told along')
+  t.ok(judge(token, { method: 'POST', path: '/any' }))
+  const scoped = (await strong('&methods=GET,HEAD&path_prefix=/api')).body
+  t.match(scoped.signedEndpoint, /28888\/api\?sallyport_access=sp1\./)
+  t.same([judge(scoped.headers['Sallyport-Access'], { path: '/api/x' }), judge(scoped.headers['Sallyport-Access'], { path: '/other' }), judge(scoped.headers['Sallyport-Access'], { method: 'POST', path: '/api' })], [true, false, false])
+
+  t.match(await bench.call('POST', `/v1/sandboxes/${id}/access/revoke`), { status: 200, body: { epoch: 1 } })
+  t.same([judge(token, { epoch: 1 }), judge((await strong()).body.headers['Sallyport-Access'], { epoch: 1 })], [false, true], 'minted before, and after')
+  t.equal(bench.store.all().find((record) => record.id === id)?.accessEpoch, 1, 'stored')
+  t.equal(toRoute(bench.groups.get(id)).epoch, 1, 'and told to gateways')
+
+  const refused: [why: string, answer: Promise<{ status: number; body: { code: string } }>, code: string][] = [
+    ['no such form', bench.call('GET', `/sandboxes/${id}/endpoints/80?form=odd`), 'SANDBOX::INVALID_PARAMETER'],
+    ['no end', bench.call('GET', `/sandboxes/${id}/endpoints/80?form=strong`), 'SANDBOX::INVALID_PARAMETER'],
+    ['bad methods', strong('&methods=get'), 'SANDBOX::INVALID_PARAMETER'],
+    ['a way out of the prefix', strong('&path_prefix=/a/../b'), 'SANDBOX::INVALID_PARAMETER'],
+    ['a sandbox that is open', strong('', open), 'SANDBOX::API_NOT_SUPPORTED'],
+    ['nothing to revoke', bench.call('POST', `/v1/sandboxes/${open}/access/revoke`), 'SANDBOX::API_NOT_SUPPORTED'],
+  ]
+  for (const [why, answer, code] of refused) t.match(await answer, { status: 400, body: { code } }, why)
+  t.equal((await bench.call('POST', '/v1/sandboxes/none/access/revoke')).status, 404)
+
+  for (const [mode, address, endpoint] of [['uri', '127.0.0.1:28888', /^127\.0\.0\.1:28888\/[^/]+\/80\/sp1\.[^/]+\/$/], ['header', '127.0.0.1:28888', undefined]] as const) {
+    await using other = new Bench({ toml: gatewayToml.replace('"wildcard"', `"${mode}"`).replace('*.sandbox.localhost:28888', address) })
+    const { body } = await other.call('GET', `/v1/sandboxes/${await other.create({ secureAccess: true })}/endpoints/80?expires=1900000000&form=strong`)
+    if (endpoint === undefined) t.match([body.signedEndpoint, Object.keys(body.headers)], [undefined, ['OpenSandbox-Ingress-To', 'Sallyport-Access']], mode)
+    else t.match(body.signedEndpoint, endpoint, mode)
+  }
+})
+
+t.test('renew on access', async (t) => {
+  await using bench = new Bench()
+  const renewing = { extensions: { 'access.renew.extend.seconds': '300' }, timeout: 100 }
+  const [id, plain] = [await bench.create(renewing), await bench.create({ timeout: 100 })]
+  const end = (sandbox: string): number => (bench.groups.get(sandbox).record.expiresAt ?? 0) - bench.clock.now
+  const report = (sandboxes: unknown, token = 'route token') => bench.call('POST', '/internal/v1/renewals', { sandboxes }, { authorization: `Bearer ${token}` })
+  const used = (...ids: string[]) => report(ids.map((each) => ({ id: each, observedAt: new Date(bench.clock.now).toISOString() })))
+  t.same([toRoute(bench.groups.get(id)).renewOnAccess, toRoute(bench.groups.get(plain)).renewOnAccess], [true, undefined], 'gateways know whom to report')
+
+  t.equal((await used(id, plain, 'gone')).status, 204)
+  t.same([end(id), end(plain)], [300_000, 100_000], 'only the one that asked for it')
+  bench.clock.now += 59_000
+  await used(id)
+  t.equal(end(id), 241_000, 'not twice within the interval')
+  bench.clock.now += 1000
+  await used(id)
+  t.equal(end(id), 300_000)
+  t.equal(bench.store.all().find((record) => record.id === id)?.expiresAt, bench.clock.now + 300_000, 'stored')
+  bench.clock.now += 120_000
+  t.equal((await report([{ id, observedAt: new Date(bench.clock.now - 301_000).toISOString() }])).status, 204)
+  t.equal(end(id), 180_000, 'long ago')
+  await bench.call('POST', `/sandboxes/${id}/renew-expiration`, { expiresAt: new Date(bench.clock.now + 900_000).toISOString() })
+  await used(id)
+  t.equal(end(id), 900_000, 'never shorter')
+  await bench.call('POST', `/sandboxes/${id}/renew-expiration`, { expiresAt: new Date(bench.clock.now + 60_000).toISOString() })
+  await bench.call('POST', `/sandboxes/${id}/pause`)
+  await used(id)
+  t.equal(end(id), 60_000, 'a paused one is not in use')
+
+  for (const [why, body] of [['no list', {}], ['no moment', [{ id, observedAt: 'yesterday' }]], ['too many', Array.from({ length: 1001 }, () => ({ id, observedAt: '2026-01-01T00:00:00Z' }))]] as const) {
+    t.match(await report(body), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message: /sandboxes/ } }, why)
+  }
+  t.match(await report([], 'wrong'), { status: 401, body: { code: 'INVALID_ROUTE_TOKEN' } })
+  t.match(await bench.call('POST', '/internal/v1/renewals', { sandboxes: [] }), { status: 401 }, 'the API key is not the route token')
+
+  await using off = new Bench({ toml: `${gatewayToml}\n[renew_intent]\nenabled = false` })
+  const still = await off.create(renewing)
+  t.equal((await off.call('POST', '/internal/v1/renewals', { sandboxes: [{ id: still, observedAt: new Date(off.clock.now).toISOString() }] }, { authorization: 'Bearer route token' })).status, 204)
+  t.equal((off.groups.get(still).record.expiresAt ?? 0) - off.clock.now, 100_000, 'switched off')
 })
