@@ -39,7 +39,7 @@ const DockerSchema = Type.Object({
   bridge_name: Type.String({ pattern: '^[A-Za-z][A-Za-z0-9_-]{0,14}$', default: 'sallyport0', description: 'its bridge on the host' }),
   host_guard: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'keeps sandboxes off the host, its published ports and the floor by nftables' }),
   floor: Type.Array(Type.String(), { default: ['169.254.0.0/16', '100.100.100.200', '168.63.129.16', 'fd00:ec2::254'], description: 'addresses no sandbox reaches, with or without a policy: cloud metadata' }),
-  adopt: Type.Boolean({ default: false, description: 'take over sandboxes of the original server (containers without an instance label)' }),
+  adopt: Type.Boolean({ default: false, description: 'taking over sandboxes of the original server is not available; true is refused' }),
   instance: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', description: 'whose objects these are; made once and kept in the store when absent' })),
   api_timeout: Type.Integer({ minimum: 1, default: 180, description: 'seconds a call to the Docker engine may take' }),
   drop_capabilities: Type.Array(Type.String(), {
@@ -74,7 +74,7 @@ const IngressSchema = Type.Object({
   })),
   secure_access: Type.Optional(Type.Object({
     active_key: Type.String({ pattern: '^[0-9a-z]$', description: 'key that signs new endpoints' }),
-    keys: Type.Array(Type.Object({ key_id: Type.String({ pattern: '^[0-9a-z]$' }), key: Type.String({ minLength: 1 }) }), { minItems: 1, description: 'base64 secrets' }),
+    keys: Type.Array(Type.Object({ key_id: Type.String({ pattern: '^[0-9a-z]$' }), key: Type.String({ minLength: 1 }) }), { minItems: 1, description: 'base64 secrets: `{ key_id, key }` each' }),
   })),
 }, table)
 
@@ -82,7 +82,7 @@ export const ConfigSchema = Type.Object({
   server: ServerSchema,
   log: Type.Object({ level: Type.String({ minLength: 3, default: 'INFO', description: 'DEBUG, INFO, WARNING or ERROR' }) }, table),
   runtime: Type.Object({
-    type: Type.Literal('docker', { default: 'docker' }),
+    type: Type.Literal('docker', { default: 'docker', description: 'the only one there is' }),
     execd_image: text('image that execd is taken from; without it sandboxes have no execd'),
   }, table),
   docker: DockerSchema,
@@ -93,7 +93,7 @@ export const ConfigSchema = Type.Object({
     min_interval_seconds: Type.Integer({ minimum: 1, default: 60, description: 'a sandbox is not extended twice within this time' }),
   }, table),
   store: Type.Object({
-    type: Type.Literal('sqlite', { default: 'sqlite' }),
+    type: Type.Literal('sqlite', { default: 'sqlite', description: 'the only one there is' }),
     path: Type.String({ minLength: 1, default: '~/.opensandbox/sallyport.db', description: 'database file; its folder is created' }),
   }, table),
 })
