@@ -10,32 +10,24 @@ import { createGateway, type Gateway } from './gateway.ts'
 import { postRenewals } from './providers/renewal-post.ts'
 import { ServerProvider } from './providers/server.ts'
 import { StaticProvider } from './providers/static.ts'
-import { reportListening, superviseWorkers } from './workers.ts'
+import { superviseWorkers } from './workers.ts'
 
 /** EX_USAGE of sysexits.h: the configuration is wrong, and starting again will not help. */
 const exitUsage = 64
-/** EX_UNAVAILABLE: the port or its address cannot be had now. */
-const exitUnavailable = 69
 const levels = new Set(['debug', 'info', 'warn', 'error', 'fatal'])
 
 function readOrExit(): ReadConfig {
   try {
     return readGatewayConfig(process.argv.slice(2), process.env)
   } catch (error) {
-    return exitOnStart(error)
+    return exitOnConfig(error)
   }
 }
 
-/** A person reads why it did not start, a line for each reason. What nobody foresaw keeps its stack. */
-function exitOnStart(error: unknown): never {
-  const { syscall, message } = error as NodeJS.ErrnoException
-  if (error instanceof ConfigError) {
-    for (const { path, reason } of error.problems) process.stderr.write(`gateway: ${path}: ${reason}\n`)
-    process.exit(exitUsage)
-  }
-  if (syscall !== 'listen' && syscall !== 'getaddrinfo') throw error
-  process.stderr.write(`gateway: cannot listen: ${message}\n`)
-  process.exit(exitUnavailable)
+function exitOnConfig(error: unknown): never {
+  if (!(error instanceof ConfigError)) throw error
+  for (const { path, reason } of error.problems) process.stderr.write(`gateway: ${path}: ${reason}\n`)
+  process.exit(exitUsage)
 }
 
 const { config: wanted, warnings } = readOrExit()
@@ -65,13 +57,12 @@ async function serve(config: GatewayConfig): Promise<void> {
     const port = await gateway.listen()
     const admin = await openAdmin(gateway, config)
     log.info({ port, mode: config.mode, provider: config.provider, routes: gateway.table.size, pid: process.pid }, 'listening')
-    reportListening()
     closeOnSignal(gateway, admin, () => {
       ring.close()
       destination?.flushSync()
     })
   } catch (error) {
-    exitOnStart(error)
+    exitOnConfig(error)
   }
 }
 
