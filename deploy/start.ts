@@ -1,7 +1,7 @@
 /**
  * `npm start`: a lifecycle server and a gateway as two processes, until Ctrl-C. The first run writes `.sallyport/config.toml` with keys of its own;
  * later runs use it as it is, so it is the place to change things. `--state <folder>` keeps everything in another folder; `--prepare` writes
- * the files and starts nothing (for compose.yaml).
+ * the files and starts nothing (for compose.yaml). Exit 0 after Ctrl-C, 64 for a wrong configuration; otherwise what the program that ended said.
  */
 import { execa } from 'execa'
 import { randomBytes } from 'node:crypto'
@@ -28,7 +28,10 @@ type Settings = {
   }
 }
 
-type Running = { name: string; ended: Promise<string>; stop(signal: NodeJS.Signals): void }
+/** `code` is what start itself ends with when this program was the one that ended. */
+type End = { text: string; code: number }
+type Running = { name: string; ended: Promise<End>; stop(signal: NodeJS.Signals): void }
+type Outcome = 'ready' | 'stopped' | End
 
 process.exitCode = await main()
 
@@ -38,8 +41,11 @@ async function main(): Promise<number> {
   const settings = readSettings(configFile)
   if (settings === undefined) return 64
   const addresses = readAddresses(settings)
-  const flags = gatewayFlags(path.dirname(configFile), settings, addresses)
-  if (values.prepare) return 0
+  const flags = () => gatewayFlags(path.dirname(configFile), settings, addresses)
+  if (values.prepare) {
+    flags()
+    return 0
+  }
 
   const stop = Promise.withResolvers<'stopped'>()
   for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) process.on(signal, () => stop.resolve('stopped'))
@@ -48,22 +54,24 @@ async function main(): Promise<number> {
     programs.push(startProgram(name, args))
     return firstOf(programs, stop.promise, waitUntilReady(readyUrl))
   }
-  let reason = await start('server', ['server/main.ts', '--config', configFile], `${addresses.serverUrl}/health`)
-  if (reason === 'ready') reason = await start('gateway', ['gateway/main.ts', ...flags], `${addresses.gatewayUrl}/status.ok`)
-  if (reason === 'ready') {
+  let outcome = await start('server', ['server/main.ts', '--config', configFile], `${addresses.serverUrl}/health`)
+  // Only now has the server looked at the whole configuration, and said what is wrong with it.
+  if (outcome === 'ready') outcome = await start('gateway', ['gateway/main.ts', ...flags()], `${addresses.gatewayUrl}/status.ok`)
+  if (outcome === 'ready') {
     printAddresses(configFile, addresses)
-    reason = await firstOf(programs, stop.promise)
+    outcome = await firstOf(programs, stop.promise)
   }
 
-  if (reason !== 'stopped') console.error(`start: ${reason}${programs.length > 1 ? '; ending the other' : ''}`)
+  const failure = typeof outcome === 'string' ? undefined : outcome
+  if (failure !== undefined) console.error(`start: ${failure.text}${programs.length > 1 ? '; ending the other' : ''}`)
   await endAll(programs)
-  return reason === 'stopped' ? 0 : 1
+  return failure?.code ?? 0
 }
 
 /** What happens first: somebody wants to stop, a program ends, or (when asked for) `ready` settles. */
-function firstOf(programs: readonly Running[], stopped: Promise<'stopped'>, ready?: Promise<void>): Promise<string> {
-  const ends = programs.map(async ({ name, ended }) => `the ${name} ${await ended}`)
-  return Promise.race([stopped, ...ends, ...(ready === undefined ? [] : [ready.then(() => 'ready', (error: Error) => error.message)])])
+function firstOf(programs: readonly Running[], stopped: Promise<'stopped'>, ready?: Promise<void>): Promise<Outcome> {
+  const isReady = ready?.then((): Outcome => 'ready', (error: Error): Outcome => ({ text: error.message, code: 1 }))
+  return Promise.race([stopped, ...programs.map(({ ended }) => ended), ...(isReady === undefined ? [] : [isReady])])
 }
 
 /** The configuration file, made with random keys when there is none. Readable by its owner alone: it holds them. */
@@ -99,14 +107,16 @@ function readSettings(file: string): Settings | undefined {
 }
 
 function readAddresses({ server, ingress }: Settings) {
-  const gateway = /^(?:\*\.)?([^/:]+)(?::(\d+))?/.exec(ingress?.gateway?.address ?? '')
+  // Not yet checked by the server: it may be anything.
+  const address = String(ingress?.gateway?.address ?? '')
+  const gateway = /^(?:\*\.)?([^/:]+)(?::(\d+))?/.exec(address)
   const serverHost = server?.host === undefined || server.host === '0.0.0.0' ? '127.0.0.1' : server.host
   const gatewayPort = Number(gateway?.[2] ?? wellKnownPorts.gateway)
   return {
     serverUrl: `http://${serverHost}:${server?.port ?? wellKnownPorts.server}`,
     gatewayUrl: `http://127.0.0.1:${gatewayPort}`,
     gatewayPort,
-    baseDomain: ingress?.gateway?.address?.startsWith('*.') ? gateway?.[1] : undefined,
+    baseDomain: address.startsWith('*.') ? gateway?.[1] : undefined,
   }
 }
 
@@ -131,7 +141,11 @@ function writeSecret(file: string, text: string): string {
 /** In a process group of its own: Ctrl-C reaches us alone, and we end both in order. */
 function startProgram(name: string, args: readonly string[]): Running {
   const child = execa(process.execPath, args, { cwd: top, stdio: ['ignore', 'inherit', 'inherit'], buffer: false, reject: false, detached: true, cleanup: true })
-  const ended = child.then(({ exitCode, signal, originalMessage }) => `ended with ${signal ?? (exitCode === undefined ? originalMessage : `exit ${exitCode}`)}`)
+  const ended = child.then(({ exitCode, signal, originalMessage }) => ({
+    text: `the ${name} ended with ${signal ?? (exitCode === undefined ? originalMessage : `exit ${exitCode}`)}`,
+    // Its own code says more than ours: 64 for the configuration, 69 for something missing. Nothing asked it to end, so 0 is no success.
+    code: exitCode || 1,
+  }))
   return { name, ended, stop: (signal) => child.kill(signal) }
 }
 

@@ -104,11 +104,17 @@ t.test('when one dies the other is ended, and start says which', async (t) => {
 })
 
 t.test('a configuration with a mistake is named, and nothing stays', async (t) => {
-  const { folder } = await prepare(t)
-  const file = path.join(folder, 'config.toml')
-  writeFileSync(file, readFileSync(file, 'utf8').replace(/^port = \d+$/m, 'port = 70000'))
-  const { exitCode, all } = await start(t, folder).child
-  t.equal(exitCode, 1)
-  t.match(all, /server\.port: must be <= 65535[\s\S]*the server ended with exit 64/)
-  t.strictSame(programs(folder), [])
+  for (const [mistake, wanted] of [
+    [(config: Config) => (config['server']!['port'] = 70000), /server\.port: must be <= 65535[\s\S]*the server ended with exit 64/],
+    [(config: Config) => (config['ingress'] = { mode: 'gateway', gateway: { address: 5 }, secure_access: { keys: 5 } }), /ingress\.secure_access\.keys\[0\]: must be object[\s\S]*the server ended with exit 64/],
+    ['not toml', /config\.toml: Invalid TOML/],
+  ] as const) {
+    const { folder, config } = await prepare(t)
+    if (typeof mistake === 'function') mistake(config)
+    writeFileSync(path.join(folder, 'config.toml'), typeof mistake === 'function' ? stringify(config) : mistake)
+    const { exitCode, all } = await start(t, folder).child
+    t.equal(exitCode, 64, 'wrong configuration')
+    t.match(all, wanted)
+    t.strictSame(programs(folder), [])
+  }
 })
