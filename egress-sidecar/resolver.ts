@@ -19,8 +19,10 @@ export type ResolverOptions = {
 }
 
 export type UdpResolver = Resolver & {
-  /** How many there are. */
+  /** How many there are, without those that no route leads to (IPv6 where it is off). */
   readonly upstreams: number
+  /** Why the others cannot be asked. */
+  readonly unroutable: readonly string[]
   /** Asks all of them, each for itself; those that give no answer at all (any rcode is one) are returned, and left out until they do. */
   probe(query: Buffer): Promise<readonly Upstream[]>
   /** Local ports of the sockets; they stay bound until `close`. */
@@ -76,18 +78,25 @@ function randomId(): number {
   return randomIds[usedIds++] as number
 }
 
-/** Resolves when all sockets are bound. @throws when an upstream's address cannot be routed */
+/** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
 export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOptions, now: () => number): Promise<UdpResolver> {
   const states: UpstreamState[] = []
+  const unroutable: string[] = []
   let pendingCount = 0
   let sweeper: NodeJS.Timeout | null = null
   let closed = false
 
   for (const upstream of upstreams) {
     const state: UpstreamState = { upstream, channels: [], failures: 0, distrustedUntil: 0, silent: false }
-    for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
-    states.push(state)
+    try {
+      for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
+      states.push(state)
+    } catch (error) {
+      for (const { socket } of state.channels) socket.close()
+      unroutable.push(`${upstream.address}: ${(error as Error).message}`)
+    }
   }
+  if (states.length === 0) throw new Error(`no upstream can be reached: ${unroutable.join('; ')}`)
 
   async function openChannel(state: UpstreamState): Promise<Channel> {
     const socket = createSocket({ type: state.upstream.address.includes(':') ? 'udp6' : 'udp4' })
@@ -99,10 +108,13 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const channel: Channel = { socket, pending, sent: (error) => void (error !== null && failAll()) }
     await new Promise<void>((resolve, reject) => {
       socket.once('error', reject)
-      socket.connect(state.upstream.port, state.upstream.address, () => {
+      // With a callback, an error goes there and nowhere else; @types/node does not know.
+      socket.connect(state.upstream.port, state.upstream.address, ((error?: Error) => {
         socket.off('error', reject)
-        resolve()
-      })
+        if (error === undefined) return resolve()
+        socket.close()
+        reject(error)
+      }) as () => void)
     })
     socket.on('message', (reply) => receive(state, channel, reply))
     socket.on('error', failAll)
@@ -188,6 +200,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   return {
     upstreams: states.length,
+    unroutable,
     probe,
     ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
     async ask(query, questionEnd, transport: Transport) {

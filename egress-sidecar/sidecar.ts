@@ -93,6 +93,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const now = (): number => performance.now()
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => exemption.protocols.includes('tcp') }, now))
     const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports })
+    for (const problem of asking.unroutable) log.event('warn', 'egress.upstream_unroutable', `upstream not used: ${problem}`)
     probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })
     // 4. the policy
     const files = createAlwaysFiles()

@@ -180,3 +180,14 @@ t.test('nobody answers a probe: all are asked', async (t) => {
   await resolver.probe(query())
   t.ok(await resolver.ask(query(), end, 'udp'))
 })
+
+t.test('an upstream that no route leads to is left out; without any other there is no start', async (t) => {
+  const well = await upstream(t, good)
+  // The kernel refuses to connect to a broadcast address, as it does where there is no route.
+  const nowhere = { address: '255.255.255.255', port: 53 }
+  const resolver = await resolverOf(t, [nowhere, well])
+  t.match(resolver.unroutable, [/^255\.255\.255\.255: /])
+  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  t.same([resolver.upstreams, await resolver.probe(query())], [1, []])
+  await t.rejects(createResolver({ upstreams: [nowhere], timeoutMs: 300, tcp: () => true }, () => performance.now()), /no upstream can be reached: 255\.255\.255\.255: connect EACCES/)
+})
