@@ -4,7 +4,7 @@
  * does nothing when there is nothing to do. Exit 69 (unavailable) with one message when a step needs a hand.
  */
 import { spawnSync } from 'node:child_process'
-import { closeSync, existsSync, mkdirSync, openSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { accessSync, closeSync, constants, existsSync, mkdirSync, openSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import path from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { ensureEngine, findProgram, lacksEngine, Unavailable } from './engine.mjs'
@@ -30,16 +30,28 @@ await main(process.argv[2])
 async function main(command) {
   const need = Object.hasOwn(needs, command ?? '') ? needs[command] : undefined
   if (need === undefined) return stop(64, `usage: node deploy/setup.mjs ${Object.keys(needs).join('|')}`)
-  mkdirSync(cache, { recursive: true })
-  const unlock = await lock()
   try {
-    ensureNpmPackages()
-    if (need.engine) await ensureMachine(need)
+    ensureCache()
+    const unlock = await lock()
+    try {
+      ensureNpmPackages()
+      if (need.engine) await ensureMachine(need)
+    } finally {
+      unlock()
+    }
   } catch (error) {
     if (!(error instanceof Unavailable)) throw error
     stop(69, error.message)
-  } finally {
-    unlock()
+  }
+}
+
+function ensureCache() {
+  try {
+    mkdirSync(cache, { recursive: true })
+    accessSync(cache, constants.W_OK)
+  } catch (error) {
+    if (!['EACCES', 'EPERM', 'EROFS'].includes(error.code)) throw error
+    throw new Unavailable(`no right to write in ${cache}. Run: sudo chown -R $USER ${top}; or run as its owner`)
   }
 }
 
