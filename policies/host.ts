@@ -16,6 +16,12 @@ export function normaliseName(text: string): string | null {
   return name
 }
 
+/** Can this name a host? Digits at the end would be read as an old-style IPv4 address by some resolvers (RFC 6943 §3.1.1). */
+export function isHostName(text: string): boolean {
+  const name = normaliseName(text)
+  return name !== null && name !== '' && !/(^|\.)(0x[0-9a-f]*|\d+)$/.test(name)
+}
+
 export type Target =
   | { readonly kind: 'name' | 'wildcard' | 'address' | 'network'; readonly value: string }
   | { readonly problem: string }

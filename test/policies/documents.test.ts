@@ -55,6 +55,8 @@ t.test('static routes', async (t) => {
   const rows: [value: unknown, path: string][] = [
     [null, ''], [{}, 'sandboxes'], [{ sandboxes: [{ id: 'a' }] }, 'sandboxes[0].host'], [{ sandboxes: [{ id: '', host: 'h' }] }, 'sandboxes[0].id'],
     [{ sandboxes: [{ id: 'a', host: 'h', state: 'Up' }] }, 'sandboxes[0].state'], [{ sandboxes: [{ id: 'a', host: 'h' }, { id: 'a', host: 'i' }] }, 'sandboxes[1].id'],
+    ...['127.0.0.1:80', 'web:80', '[::1]', '[::1]:80', '::1%eth0', 'http://web', 'a b', '10.0.0.0/8', '999.1.1.1', '127.1', '0x7f000001', '.', 'a..b', 'a/b'].map((host): [unknown, string] => [{ sandboxes: [{ id: 'a', host }] }, 'sandboxes[0].host']),
+    ...['10.0.0.1', 'fd00::1', '::ffff:10.0.0.1', 'web', 'Web_1.Example.com.', '1st.example'].map((host): [unknown, string] => [{ sandboxes: [{ id: 'a', host }] }, 'read']),
   ]
   for (const [value, path] of rows) {
     const read = readStaticRoutes(value)
