@@ -7,7 +7,7 @@ import { isIP } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
 import { Fault } from '#policies/fault.ts'
-import { normaliseName } from '#policies/host.ts'
+import { isHostName } from '#policies/host.ts'
 
 const loopback = 0
 const never = 1
@@ -21,6 +21,8 @@ export class UpstreamGuard {
   readonly #allowLoopback: boolean
   readonly #addresses: () => readonly string[]
   #own: ReadonlySet<string> = new Set()
+  /** Verdicts since the last `refresh`: every request asks, and addresses seldom change. */
+  readonly #verdicts = new Map<string, boolean>()
 
   /**
    * @param allowLoopback dial loopback and own addresses all the same (link-local and multicast never)
@@ -34,12 +36,17 @@ export class UpstreamGuard {
 
   refresh(): void {
     this.#own = new Set(this.#addresses().map((address) => canonicalAddress(address) ?? address))
+    this.#verdicts.clear()
   }
 
   /** May the gateway dial this host? A name is judged by its form here and by its addresses when it is dialled. */
   allows(host: string): boolean {
-    if (isIP(host) === 0) return this.#allowsName(host)
-    return this.#allowsAddress(host)
+    let verdict = this.#verdicts.get(host)
+    if (verdict === undefined) {
+      verdict = isIP(host) === 0 ? this.#allowsName(host) : this.#allowsAddress(host)
+      this.#verdicts.set(host, verdict)
+    }
+    return verdict
   }
 
   /** Loopback or one of our own addresses: several sandboxes may share such a one. */
@@ -59,9 +66,7 @@ export class UpstreamGuard {
   }
 
   #allowsName(host: string): boolean {
-    // Digits at the end would be read as an old-style IPv4 address by some resolvers (RFC 6943 §3.1.1).
-    if (normaliseName(host) === null || /(^|\.)(0x[0-9a-f]*|\d+)\.?$/i.test(host)) return false
-    return host !== 'localhost' || this.#allowLoopback
+    return isHostName(host) && (host !== 'localhost' || this.#allowLoopback)
   }
 
   #allowsAddress(text: string): boolean {
