@@ -1,10 +1,12 @@
 /** The gateway's configuration: flags (the original's names included), environment and a file, checked as a whole. */
 import { readFileSync } from 'node:fs'
+import { isIP } from 'node:net'
 import { parse as parseToml } from 'smol-toml'
 import Type, { type Static } from 'typebox'
 import { parseAccessKeys } from '#policies/access.ts'
 import { readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
+import { isHostName, normaliseName } from '#policies/host.ts'
 import type { Problem } from '#policies/problem.ts'
 import { wellKnownPorts } from '#policies/wire.ts'
 
@@ -69,16 +71,23 @@ export function readGatewayConfig(argv: readonly string[], env: Readonly<Record<
   const flags = readFlags(argv, problems, warnings)
   const raw: Record<string, unknown> = { ...readFile(flags.get('config') ?? env['SALLYPORT_GATEWAY_CONFIG'], problems), ...readEnvironment(env, problems), ...flagValues(flags, problems) }
   if (typeof raw['trustedProxies'] === 'string') raw['trustedProxies'] = raw['trustedProxies'].split(',').map((part) => part.trim()).filter((part) => part !== '')
-  let config: GatewayConfig | null = null
+  const { config, sound } = checkOptions(raw, problems)
+  problems.push(...contradictions(sound))
+  if (problems.length > 0 || config === null) throw new ConfigError(problems)
+  return { config, warnings }
+}
+
+/** @returns config: null when an option does not fit; sound: those that do, defaults filled in */
+function checkOptions(raw: Record<string, unknown>, problems: Problem[]): { config: GatewayConfig | null; sound: Partial<GatewayConfig> } {
   try {
-    config = checkConfig(GatewayConfigSchema, raw)
+    const config = checkConfig(GatewayConfigSchema, raw)
+    return { config, sound: config }
   } catch (error) {
     if (!(error instanceof ConfigError)) throw error
     problems.push(...error.problems.map(({ path, reason }) => ({ path: `--${kebab(path)}`, reason })))
+    const unfit = error.problems.map(({ path }) => path.replace(/[.[].*$/, '') as keyof GatewayConfig)
+    return { config: null, sound: checkConfig(Type.Omit(GatewayConfigSchema, unfit), raw) }
   }
-  if (config !== null) problems.push(...contradictions(config))
-  if (problems.length > 0 || config === null) throw new ConfigError(problems)
-  return { config, warnings }
 }
 
 function readFlags(argv: readonly string[], problems: Problem[], warnings: string[]): Map<string, string> {
@@ -93,13 +102,18 @@ function readFlags(argv: readonly string[], problems: Problem[], warnings: strin
     const name = match[1] as string
     const next = argv[i + 1]
     let value = match[2]
+    if (!ignored.has(name) && !isKnown(name)) {
+      problems.push({ path: `--${name}`, reason: 'is not a known flag' })
+      // What follows is its value as likely as not.
+      if (value === undefined && next !== undefined && !next.startsWith('-')) i++
+      continue
+    }
     if (value === undefined) {
       if (isBoolean(name)) value = next === 'true' || next === 'false' ? (i++, next) : 'true'
       else if (next === undefined) problems.push({ path: `--${name}`, reason: 'needs a value' })
       else value = (i++, next)
     }
     if (ignored.has(name)) warnings.push(`--${name} is accepted for compatibility and has no effect`)
-    else if (!isKnown(name)) problems.push({ path: `--${name}`, reason: 'is not a known flag' })
     else if (value !== undefined) {
       if (secrets.has(camel(name))) warnings.push(`--${name}: a secret on the command line is readable by every process; use --${name}-file`)
       flags.set(name, value)
@@ -163,20 +177,23 @@ function readFile(path: string | undefined, problems: Problem[]): Record<string,
   }
 }
 
-/** What no single value can be blamed for. */
-function contradictions(config: GatewayConfig): Problem[] {
+/** What no single value can be blamed for, and what a schema cannot say. Asked of the options that fit, so that no problem hides another. */
+function contradictions({ provider, routes, serverUrl = 'http://unknown', serverToken, trustedProxies = [], secureAccessKeys = '', secureAccessKeysFile = '', host = '', adminHost = '', baseDomain = '', workers = 1, port, adminPort = -1 }: Partial<GatewayConfig>): Problem[] {
   const problems: Problem[] = []
-  if (config.provider === 'static' && config.routes === '') problems.push({ path: '--routes', reason: 'is required with --provider static' })
-  if (config.provider === 'server') {
-    if (!/^https?:\/\/[^/]+/.test(config.serverUrl)) problems.push({ path: '--server-url', reason: 'must be an http(s) URL with --provider server' })
-    if (config.serverToken === '') problems.push({ path: '--server-token', reason: 'is required with --provider server' })
+  if (provider === 'static' && routes === '') problems.push({ path: '--routes', reason: 'is required with --provider static' })
+  if (provider === 'server') {
+    if (!/^https?:\/\/[^/]+/.test(serverUrl)) problems.push({ path: '--server-url', reason: 'must be an http(s) URL with --provider server' })
+    if (serverToken === '') problems.push({ path: '--server-token', reason: 'is required with --provider server' })
   }
-  for (const network of config.trustedProxies) if (readNetwork(network) === null) problems.push({ path: '--trusted-proxies', reason: `"${network}" is not an address or network` })
-  if (config.secureAccessKeys !== '' && config.secureAccessKeysFile !== '') problems.push({ path: '--secure-access-keys-file', reason: 'excludes --secure-access-keys' })
-  const keys = parseAccessKeys(config.secureAccessKeys, '--secure-access-keys')
+  if (host !== '' && isIP(host) === 0 && !isHostName(host)) problems.push({ path: '--host', reason: 'is neither an IP address nor a host name' })
+  if (adminHost !== '' && isIP(adminHost) === 0 && !isHostName(adminHost)) problems.push({ path: '--admin-host', reason: 'is neither an IP address nor a host name' })
+  if (normaliseName(baseDomain) === null) problems.push({ path: '--base-domain', reason: 'is not a domain' })
+  for (const network of trustedProxies) if (readNetwork(network) === null) problems.push({ path: '--trusted-proxies', reason: `"${network}" is not an address or network` })
+  if (secureAccessKeys !== '' && secureAccessKeysFile !== '') problems.push({ path: '--secure-access-keys-file', reason: 'excludes --secure-access-keys' })
+  const keys = parseAccessKeys(secureAccessKeys, '--secure-access-keys')
   if (!keys.ok) problems.push(...keys.problems)
-  if (config.workers > 1 && config.port === 0) problems.push({ path: '--port', reason: 'must be given when there is more than one worker' })
-  if (config.workers > 1 && config.adminPort !== -1) problems.push({ path: '--admin-port', reason: 'belongs to one process: it cannot be used with more than one worker' })
+  if (workers > 1 && port === 0) problems.push({ path: '--port', reason: 'must be given when there is more than one worker' })
+  if (workers > 1 && adminPort !== -1) problems.push({ path: '--admin-port', reason: 'belongs to one process: it cannot be used with more than one worker' })
   return problems
 }
 

@@ -1,6 +1,8 @@
 /** The gateway program: configuration, logger, signals, workers. Everything else is in `gateway.ts`. */
 import cluster from 'node:cluster'
+import { mkdirSync, openSync } from 'node:fs'
 import { createServer, type Server } from 'node:http'
+import { dirname } from 'node:path'
 import pino from 'pino'
 import { ConfigError } from '#policies/config.ts'
 import { KeyRing } from './key-ring.ts'
@@ -10,24 +12,34 @@ import { createGateway, type Gateway } from './gateway.ts'
 import { postRenewals } from './providers/renewal-post.ts'
 import { ServerProvider } from './providers/server.ts'
 import { StaticProvider } from './providers/static.ts'
-import { superviseWorkers } from './workers.ts'
+import { reportListening, superviseWorkers } from './workers.ts'
 
 /** EX_USAGE of sysexits.h: the configuration is wrong, and starting again will not help. */
 const exitUsage = 64
+/** EX_UNAVAILABLE: the port or its address cannot be had now. */
+const exitUnavailable = 69
+/** Bytes of access lines that wait for a slow reader; what comes on top is dropped rather than kept in memory. */
+const mostWaiting = 16 * 1024 * 1024
 const levels = new Set(['debug', 'info', 'warn', 'error', 'fatal'])
 
 function readOrExit(): ReadConfig {
   try {
     return readGatewayConfig(process.argv.slice(2), process.env)
   } catch (error) {
-    return exitOnConfig(error)
+    return exitOnStart(error)
   }
 }
 
-function exitOnConfig(error: unknown): never {
-  if (!(error instanceof ConfigError)) throw error
-  for (const { path, reason } of error.problems) process.stderr.write(`gateway: ${path}: ${reason}\n`)
-  process.exit(exitUsage)
+/** A person reads why it did not start, a line for each reason. What nobody foresaw keeps its stack. */
+function exitOnStart(error: unknown): never {
+  const { syscall, message } = error as NodeJS.ErrnoException
+  if (error instanceof ConfigError) {
+    for (const { path, reason } of error.problems) process.stderr.write(`gateway: ${path}: ${reason}\n`)
+    process.exit(exitUsage)
+  }
+  if (syscall !== 'listen' && syscall !== 'getaddrinfo') throw error
+  process.stderr.write(`gateway: cannot listen: ${message}\n`)
+  process.exit(exitUnavailable)
 }
 
 const { config: wanted, warnings } = readOrExit()
@@ -42,8 +54,8 @@ else await serve(config)
 
 async function serve(config: GatewayConfig): Promise<void> {
   const ring = new KeyRing(config.secureAccessKeys, config.secureAccessKeysFile, (problem) => log.error({ problem }, 'access keys not reloaded'))
-  const destination = openAccessLog(config.accessLog)
   try {
+    const destination = openAccessLog(config.accessLog)
     ring.start()
     const gateway = createGateway(config, {
       keys: () => ring.keys,
@@ -57,24 +69,45 @@ async function serve(config: GatewayConfig): Promise<void> {
     const port = await gateway.listen()
     const admin = await openAdmin(gateway, config)
     log.info({ port, mode: config.mode, provider: config.provider, routes: gateway.table.size, pid: process.pid }, 'listening')
+    reportListening()
     closeOnSignal(gateway, admin, () => {
       ring.close()
       destination?.flushSync()
     })
   } catch (error) {
-    exitOnConfig(error)
+    exitOnStart(error)
   }
 }
 
 type Destination = ReturnType<typeof pino.destination>
 
-/** One write per access line would cost more than the line: lines are gathered, and flushed four times a second. */
+/**
+ * One write per access line would cost more than the line: lines are gathered, and flushed four times a second. Nothing waits for the disk.
+ * @throws ConfigError when the file cannot be opened
+ */
 function openAccessLog(where: string): Destination | null {
   if (where === 'off') return null
-  const dest = where === 'stdout' ? 1 : where === 'stderr' ? 2 : where
-  const destination = pino.destination({ dest, sync: false, minLength: 32_768, maxWrite: 131_072, mkdir: true })
+  const fd = where === 'stdout' ? 1 : where === 'stderr' ? 2 : openFile(where)
+  const destination = pino.destination({ fd, sync: false, minLength: 65_536, maxWrite: 131_072, maxLength: mostWaiting })
+  let lost = false
+  const losing = (error: unknown): void => {
+    if (!lost) log.error({ err: error }, 'access lines are lost')
+    lost = true
+  }
+  destination.on('error', losing)
+  destination.on('drop', () => losing(new Error('the reader of the access log is too slow')))
+  destination.on('drain', () => (lost = false))
   setInterval(() => destination.flush(), 250).unref()
   return destination
+}
+
+function openFile(path: string): number {
+  try {
+    mkdirSync(dirname(path), { recursive: true })
+    return openSync(path, 'a')
+  } catch (error) {
+    throw new ConfigError([{ path: '--access-log', reason: `${path} cannot be opened: ${(error as NodeJS.ErrnoException).code}` }])
+  }
 }
 
 /** Prometheus text for the operator, on a listener of its own. */

@@ -5,23 +5,60 @@
 import cluster, { type Worker } from 'node:cluster'
 import type { Logger } from 'pino'
 
-/** A worker that dies is replaced, but not faster than this. */
-const restartAfterMs = 500
+/** What a worker tells its parent once its port is open. */
+const listening = 'listening'
+const firstRestartMs = 500
+const longestRestartMs = 30_000
+/** A worker that lived this long was well: its death is not held against the next. */
+const steadyMs = 60_000
 
+/** ms until a dead worker is replaced. @param quick deaths in a row of workers that did not live long, this one included */
+export function restartDelay(quick: number): number {
+  return Math.min(firstRestartMs * 2 ** Math.max(quick - 1, 0), longestRestartMs)
+}
+
+/** Called by a worker when clients can reach it. */
+export function reportListening(): void {
+  process.send?.(listening)
+}
+
+/**
+ * Keeps `count` workers running. The first one goes ahead: what keeps it from listening would keep them all, and is said once. Until
+ * every worker has listened, a death ends the program with that worker's exit code; after that it is replaced, ever later while
+ * replacements die young.
+ */
 export function superviseWorkers(count: number, drainTimeout: number, log: Logger): void {
+  const born = new Map<number, number>()
   let closing = false
-  const fork = (): void => void cluster.fork()
-  for (let i = 0; i < count; i++) fork()
+  let awaited = count
+  let quick = 0
+  const fork = (): void => {
+    const worker = cluster.fork()
+    born.set(worker.id, performance.now())
+    worker.once('message', (message: unknown) => {
+      if (message !== listening || closing) return
+      if (awaited === count) for (let i = 1; i < count; i++) fork()
+      awaited--
+    })
+  }
+  fork()
 
   cluster.on('exit', (worker: Worker, code: number | null, signal: string | null) => {
     if (closing) {
       if (Object.keys(cluster.workers ?? {}).length === 0) process.exit(0)
       return
     }
-    // A worker that refuses its configuration says so once; starting it again would only repeat that.
-    if (code === 64) process.exit(64)
-    log.error({ pid: worker.process.pid, code, signal }, 'worker died')
-    setTimeout(() => closing || fork(), restartAfterMs)
+    if (awaited > 0) {
+      log.fatal({ pid: worker.process.pid, code, signal }, 'a worker died before it listened')
+      // The others end when they lose their parent.
+      process.exit(code === null || code === 0 ? 1 : code)
+    }
+    const lived = performance.now() - (born.get(worker.id) ?? 0)
+    born.delete(worker.id)
+    quick = lived < steadyMs ? quick + 1 : 0
+    const wait = restartDelay(quick)
+    log.error({ pid: worker.process.pid, code, signal, restart_ms: wait }, 'worker died')
+    setTimeout(() => closing || fork(), wait)
   })
 
   const close = (): void => {
