@@ -55,8 +55,8 @@ export async function answer(query: Buffer, transport: Transport, deps: AnswerDe
   if (typeof question === 'number') return headerReply(query, question)
   const id = query.readUInt16BE(0)
   const started = deps.now()
-  const { reply, ...outcome } = await settle(query, question, transport, deps)
-  deps.report({ question, ...outcome, took: deps.now() - started })
+  const { reply, verdict, result, addresses } = await settle(query, question, transport, deps)
+  deps.report({ question, verdict, result, addresses, took: deps.now() - started })
   reply.writeUInt16BE(id, 0)
   return reply
 }

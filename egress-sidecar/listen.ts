@@ -58,8 +58,8 @@ async function listenUdp(address: string, port: number, handler: Handler): Promi
     pending++
     void handler(message, 'udp').then((reply) => {
       pending--
-      // A client that has gone is not our error.
-      if (reply !== null && !closed) socket.send(reply, peer.port, peer.address, () => undefined)
+      // Without a callback: a client that has gone is not our error.
+      if (reply !== null && !closed) socket.send(reply, peer.port, peer.address)
     })
   })
   const listening = once(socket, 'listening')

@@ -102,9 +102,10 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
   const claimed = message.readUInt16BE(6)
   const records: FoundRecord[] = []
   const ttlOffsets: number[] = []
-  const aliasOf = new Map<string, { target: string; ttl: number }>()
+  let aliasOf: Map<string, Alias> | null = null
   const names = new Map<number, string>()
-  const asked = readName(message, headerLength, names) as string
+  // A question that was allowed has a name without unusual bytes, the same in both forms.
+  const asked = question.name ?? (readName(message, headerLength, names) as string)
   let at = question.end
 
   for (let i = 0; i < claimed; i++) {
@@ -121,6 +122,7 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     if (isIn && type === recordTypes.cname) {
       const target = readName(message, rdata, names)
       if (target === null) return null
+      aliasOf ??= new Map()
       if (!aliasOf.has(owner)) aliasOf.set(owner, { target, ttl })
       ttlOffsets.push(at + 4)
     } else if (isIn && (type === recordTypes.a || type === recordTypes.aaaa)) {
@@ -136,15 +138,17 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
   return followChain(message, { flags, asked, aliasOf, records, ttlOffsets })
 }
 
-type Collected = { flags: number; asked: string; aliasOf: Map<string, { target: string; ttl: number }>; records: FoundRecord[]; ttlOffsets: number[] }
+type Alias = { readonly target: string; readonly ttl: number }
+
+type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Alias> | null; records: FoundRecord[]; ttlOffsets: number[] }
 
 function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets }: Collected): Answer | null {
-  const chain = new Set([asked])
+  const chain = [asked]
   const aliases: (string | null)[] = []
   let ttl = 0x7fffffff
-  for (let link = aliasOf.get(asked); link !== undefined; link = aliasOf.get(link.target)) {
-    if (chain.has(link.target) || chain.size > maxChain) return null
-    chain.add(link.target)
+  for (let link = aliasOf?.get(asked); link !== undefined; link = aliasOf?.get(link.target)) {
+    if (chain.includes(link.target) || chain.length > maxChain) return null
+    chain.push(link.target)
     aliases.push(harmlessName(link.target))
     ttl = Math.min(ttl, link.ttl)
   }
@@ -152,7 +156,7 @@ function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffse
   const services: ServiceRecord[] = []
   let strays = false
   for (const record of records) {
-    if (!chain.has(record.owner)) strays = true
+    if (!chain.includes(record.owner)) strays = true
     else {
       ttl = Math.min(ttl, record.ttl)
       if (record.type === recordTypes.a || record.type === recordTypes.aaaa) addresses.push({ address: formatAddress(message, record.rdata, record.length), type: record.type, rdata: record.rdata })
