@@ -161,6 +161,7 @@ t.test('containers of ours without a record', async (t) => {
   await using bench = new Bench({ engine })
   await bench.groups.sweep(true)
   t.match((await bench.call('GET', `/sandboxes/${id}`)).body, { metadata: { a: 'b' }, expiresAt: '2026-01-01T00:10:00.000Z' }, 'a complete one is taken back')
+  t.equal(bench.groups.get(id).record.accessEpoch, bench.clock.now / 1000, 'nobody knows which of its access tokens were revoked: all are')
   t.equal((await bench.call('GET', `/sandboxes/${orphan}`)).status, 404)
   t.equal(engine.kept.size, 2, 'what is left of another is removed')
 })
