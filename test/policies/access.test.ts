@@ -86,3 +86,39 @@ t.test('our own tokens', async (t) => {
   const parts = { id: 'ab', port: 1, expires: '1', epoch: 0, scopeText: 'x' }
   t.not(signStrong(secret, parts), signStrong(secret, { ...parts, id: 'a', expires: 'b1' }), 'parts are kept apart')
 })
+
+t.test('a signature that was found good is not computed again; everything else is asked each time', async (t) => {
+  const secret = readSecret('c2VjcmV0LWE=') as Uint8Array
+  const keys = new Map([['a', secret]])
+  const verified = new Map<string, true>()
+  const now = 1_800_000_000
+  const route: Route = { id: 'sec', port: 9100, expires: 'x2qxvk', signature: '6a47d98fa' }
+  const short = (change: Partial<Route>, at = now): string => {
+    const answer = decideAccess({ token: 'tok', header: undefined, route: { ...route, ...change }, keys, verified, now: at })
+    return answer.ok ? answer.by : answer.detail
+  }
+  t.match(short({ signature: '6a47d98ea' }), 'mismatch')
+  t.equal(verified.size, 0, 'what was refused is not remembered')
+  t.equal(short({}), 'signature')
+  t.equal(verified.size, 1)
+  t.equal(short({}), 'signature')
+  t.match(short({}, 2_000_000_001), 'expired')
+  for (const change of [{ id: 'sed' }, { port: 9101 }, { expires: 'x2qxvl' }, { signature: '6a47d98ea' }]) t.match(short(change), 'mismatch', JSON.stringify(change))
+
+  verified.clear()
+  const strong = { token: mintAccessToken({ id: 'sec', port: 9100, epoch: 3, scope: { methods: ['GET'], pathPrefix: '/api' }, keyId: 'a', secret, expires: 2_000_000_000n }), id: 'sec', port: 9100, method: 'GET', path: '/api', epoch: 3, keys, verified, now }
+  const decide = (change: Partial<typeof strong>): string => {
+    const answer = decideStrongAccess({ ...strong, ...change })
+    return answer.ok ? answer.by : answer.detail
+  }
+  t.match(decide({ port: 9101 }), 'not valid')
+  t.equal(verified.size, 0)
+  t.equal(decide({}), 'token')
+  t.equal(verified.size, 1)
+  const withoutKeys = { keys: new Map<string, Uint8Array>() }
+  t.equal(decide(withoutKeys), 'token', 'the memory answers: it belongs to one key ring')
+  for (const [change, wanted] of [
+    [{ now: 2_000_000_001 }, 'expired'], [{ epoch: 4 }, 'revoked'], [{ method: 'POST' }, 'does not cover'], [{ path: '/apix' }, 'does not cover'],
+    [{ id: 'sed' }, 'not valid'], [{ port: 9101 }, 'not valid'], [{ token: strong.token.slice(0, -2) + (strong.token.endsWith('AA') ? 'BB' : 'AA') }, 'not valid'], [{ ...withoutKeys, verified: new Map<string, true>() }, 'not valid'],
+  ] as const) t.match(decide(change), wanted, JSON.stringify(Object.keys(change)))
+})
