@@ -81,7 +81,8 @@ function checkStrong(edge: Edge, visit: Visit, { route, sandbox, by, prefix }: L
   const path = query === -1 ? visit.target : visit.target.slice(0, query)
   const method = visit.request.method as string
   const now = Date.now() / 1000
-  const answer = decideStrongAccess({ token, id: route.id, port: route.port, method, path, epoch: sandbox.entry.epoch ?? 0, keys: edge.keys(), now })
+  const keys = edge.keys()
+  const answer = decideStrongAccess({ token, id: route.id, port: route.port, method, path, epoch: sandbox.entry.epoch ?? 0, keys, verified: edge.verified.under(keys), now })
   if (!answer.ok) return { code: answer.fault, detail: answer.detail }
   // A browser goes on without the token in its address bar, history and Referer; others have what they asked for.
   const browses = carried === 'query' && visit.response !== null && (method === 'GET' || method === 'HEAD')
@@ -100,7 +101,8 @@ function checkAccess(edge: Edge, visit: Visit, located: Located, carried: Carrie
   if (strong) return checkStrong(edge, visit, located, carried)
   // Only short signatures can be guessed; a wrong header alone locks nobody out behind a shared address.
   if (token !== '' && header === undefined && route.signature !== undefined && edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
-  const answer = decideAccess({ token, header, route, keys: edge.keys(), now: Date.now() / 1000 })
+  const keys = edge.keys()
+  const answer = decideAccess({ token, header, route, keys, verified: edge.verified.under(keys), now: Date.now() / 1000 })
   if (answer.ok) return null
   if (answer.fault === 'EDGE_UNAUTHORIZED' && route.signature !== undefined) edge.throttle.failed(visit.client, now)
   return { code: answer.fault, detail: answer.detail }

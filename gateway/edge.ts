@@ -9,6 +9,7 @@ import type { Renewals } from './renewals.ts'
 import type { RouteTable } from './routes.ts'
 import type { FailureThrottle } from './throttle.ts'
 import type { UpstreamGuard } from './upstream-guard.ts'
+import type { VerifiedMemory } from './verified.ts'
 
 export type Edge = {
   readonly table: RouteTable
@@ -23,6 +24,7 @@ export type Edge = {
   readonly renewals: Renewals | null
   readonly trustedProxies: NetworkTable
   readonly keys: () => AccessKeys
+  readonly verified: VerifiedMemory
   /** Refuse unknown sandboxes and refused access alike, so that nobody learns which ids exist. */
   readonly hideMissing: boolean
   /** Browsers may enter by cookie in URI mode. */

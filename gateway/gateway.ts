@@ -19,6 +19,7 @@ import { refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
+import { VerifiedMemory } from './verified.ts'
 import { malformedLine } from './visit.ts'
 
 /** Where routes come from. `start` resolves once the table may be served. */
@@ -81,6 +82,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     renewals: deps.renewals === null || config.renewInterval === 0 ? null : new Renewals({ interval: config.renewInterval, ...deps.renewals }),
     trustedProxies: networks(config.trustedProxies),
     keys: deps.keys,
+    verified: new VerifiedMemory(),
     hideMissing: config.hideMissing,
     uriCookies: config.uriCookies,
     draining: () => draining,

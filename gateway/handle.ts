@@ -7,9 +7,10 @@ import { admit } from './admit.ts'
 import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
-import { HttpRelay, upstreamOf } from './relay-http.ts'
+import { HttpRelay } from './relay-http.ts'
 import { refuse } from './respond.ts'
 import type { Sandbox } from './routes.ts'
+import { upstreamOf } from './upstream.ts'
 import { accessLine, Visit } from './visit.ts'
 
 const visitKey = Symbol('visit')

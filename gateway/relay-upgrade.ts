@@ -9,8 +9,9 @@ import httpProxy from 'http-proxy-3'
 import { Fault, toFault } from '#policies/fault.ts'
 import { ClientStream } from './client-stream.ts'
 import { connectionOptions } from './headers.ts'
-import type { RelayOptions, Refusal } from './relay-http.ts'
+import type { Refusal } from './relay-http.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
+import type { RelayOptions } from './upstream.ts'
 import type { Visit } from './visit.ts'
 
 export type UpgradeOptions = RelayOptions & {

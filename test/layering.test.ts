@@ -18,7 +18,7 @@ const arrows: Record<string, readonly string[]> = {
 
 /** Package to the files (or folders, ending in /) that may import it. What is not here may not be imported at all. */
 const importers: Record<string, readonly string[]> = {
-  undici: ['gateway/relay-http.ts', 'egress-sidecar/webhook.ts', 'server/sidecar-client.ts'],
+  undici: ['gateway/upstream.ts', 'egress-sidecar/webhook.ts', 'server/sidecar-client.ts'],
   'http-proxy-3': ['gateway/relay-upgrade.ts'],
   ws: ['deploy/docker/sandbox/app.ts'],
   fastify: ['gateway/admin.ts', 'server/'],

@@ -16,6 +16,8 @@ import { readEvent, RouteReader, ServerProvider } from '../../gateway/providers/
 import { StaticProvider } from '../../gateway/providers/static.ts'
 import { RouteTable } from '../../gateway/routes.ts'
 import { FailureThrottle } from '../../gateway/throttle.ts'
+import { UpstreamGuard } from '../../gateway/upstream-guard.ts'
+import { VerifiedMemory } from '../../gateway/verified.ts'
 import { entry, eventually } from './support.ts'
 
 const problemsOf = (argv: string[], env: Record<string, string> = {}): string[] => {
@@ -144,6 +146,24 @@ t.test('failed attempts are counted per client and minute', async (t) => {
   const open = new FailureThrottle(0)
   for (let i = 0; i < 100; i++) open.failed('a', i)
   t.notOk(open.blocked('a', 100))
+})
+
+t.test('what one key ring proved is forgotten with it', async (t) => {
+  const memory = new VerifiedMemory()
+  const ring = new Map([['a', new Uint8Array([1])]])
+  memory.under(ring).set('x', true)
+  t.equal(memory.under(ring).get('x'), true)
+  t.equal(memory.under(new Map(ring)).get('x'), undefined, 'the same keys, read again')
+  t.equal(memory.under(ring).get('x'), undefined, 'and it does not come back')
+})
+
+t.test('the guard keeps its verdicts until it looks at the host again', async (t) => {
+  let own: string[] = []
+  const guard = new UpstreamGuard(false, () => own)
+  for (const [host, wanted] of [['10.9.9.9', true], ['127.0.0.1', false], ['::ffff:127.0.0.1', false], ['169.254.169.254', false], ['web', true], ['localhost', false], ['127.1', false], ['web:80', false], ['', false]] as const) for (const turn of [1, 2]) t.equal(guard.allows(host), wanted, `${host}, asked ${turn} times`)
+  own = ['10.9.9.9']
+  guard.refresh()
+  t.equal(guard.allows('10.9.9.9'), false, 'it became an address of this host')
 })
 
 t.test('the routes file: refused whole at start, ignored whole later, taken when it changes', async (t) => {
