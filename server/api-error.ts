@@ -40,7 +40,7 @@ export const apiErrors = {
 
 export type ApiErrorCode = keyof typeof apiErrors
 
-/** `message` goes to the client: no internal address, no secret, no text of the Docker engine that names other sandboxes. */
+/** `message` goes to the client: no internal address, no secret, no text of the Docker engine (`engine-words.ts`). */
 export class ApiError extends Error {
   readonly code: ApiErrorCode
   readonly status: number

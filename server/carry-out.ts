@@ -1,12 +1,15 @@
 /** Carries out one step of a plan on one group and says what is there afterwards. */
+import { setTimeout as delay } from 'node:timers/promises'
+import { ApiError } from './api-error.ts'
 import type { Config } from './config.ts'
 import { mainSpec, type ContainerSpec } from './container-spec.ts'
-import type { CreateRequest } from './create-request.ts'
-import type { Found } from './docker.ts'
+import { invalid, type CreateRequest } from './create-request.ts'
+import { EngineError, type Found } from './docker.ts'
 import type { EgressProbe } from './egress-probe.ts'
 import type { Execd } from './execd.ts'
 import { egressMember, mainMember, type Fact, type SandboxRecord } from './group.ts'
 import type { Images } from './images.ts'
+import { machineProblems, type Machine } from './machine.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
 import { bootPolicy, sidecarSpec } from './sidecar.ts'
@@ -32,6 +35,8 @@ export type Workshop = {
   readonly network: { readonly name: string }
   /** null: sandboxes have no execd. */
   readonly execd: Pick<Execd, 'install'> | null
+  /** Before anything is written or made. @throws ApiError 400 for what this machine can never give */
+  admit(request: CreateRequest): Promise<void>
   prepare(record: SandboxRecord, request: CreateRequest, progress: (line: string) => void, signal: AbortSignal): Promise<void>
 }
 
@@ -39,29 +44,35 @@ export type Made = { readonly record: SandboxRecord; readonly request: CreateReq
 type Deps = { readonly config: Config; readonly instance: string; readonly engine: Containers; readonly workshop: Workshop }
 type Act = Extract<Step, { do: 'create' | 'start' | 'confirm' | 'remove' }>
 
-export type Tools = { readonly images: Images; readonly network: SandboxNetwork; readonly confirm: ConfirmRules; readonly execd: Execd | null; /** null: what the egress image promises is believed. */ readonly probe: Pick<EgressProbe, 'ensure'> | null }
+export type Tools = { readonly machine: () => Promise<Machine>; readonly images: Images; readonly network: SandboxNetwork; readonly confirm: ConfirmRules; readonly execd: Execd | null; /** null: what the egress image promises is believed. */ readonly probe: Pick<EgressProbe, 'ensure'> | null }
+
+/** ms a create waits to hear what the machine has. */
+const machineWait = 2000
 
 /** Images, network and execd. @param progress gets what is being waited for */
-export function createWorkshop(config: Config, { images, network, confirm, execd, probe }: Tools): Workshop {
+export function createWorkshop(config: Config, { machine, images, network, confirm, execd, probe }: Tools): Workshop {
+  let known: Machine | null = null
   return {
     confirm,
     network,
     execd,
+    async admit(request) {
+      // An engine that does not answer is found out by the create itself.
+      known ??= await Promise.race([machine().catch(() => null), delay(machineWait, null, { ref: false })])
+      const problems = known === null ? [] : machineProblems(request, known)
+      if (problems.length > 0) throw invalid(problems)
+    },
     async prepare(record, request, progress, signal) {
-      const wanted = [{ reference: request.image, platform: request.platform, auth: request.auth }]
-      if (record.egress !== null && config.egress.image !== undefined) wanted.push({ reference: config.egress.image, platform: null, auth: null })
-      const pulling = (reference: string) => (line: string) => progress(`Pulling image ${reference}: ${line}`)
+      const wanted = [{ reference: request.image, platform: request.platform, auth: request.auth, called: request.image }]
+      if (record.egress !== null && config.egress.image !== undefined) wanted.push({ reference: config.egress.image, platform: null, auth: null, called: 'of the egress sidecar' })
+      const pulling = (called: string) => (line: string) => progress(`Pulling image ${called}: ${line}`)
       const ready = Promise.all([
         network.ensure(),
         execd?.prepare(record.platform, pulling('of execd')),
-        ...wanted.map((image) => images.ensure(image, pulling(image.reference))),
+        ...wanted.map((image) => images.ensure(image, pulling(image.called), image.called)),
       ]).then(() => (record.egress === null ? undefined : probe?.ensure()))
       // A pull is shared and goes on; only this sandbox stops waiting for it.
-      const stop = Promise.withResolvers<never>()
-      const onAbort = (): void => stop.reject(signal.reason)
-      signal.addEventListener('abort', onAbort, { once: true })
-      await Promise.race([ready, stop.promise]).finally(() => signal.removeEventListener('abort', onAbort))
-      signal.throwIfAborted()
+      await unlessAborted(ready, signal)
     },
   }
 }
@@ -70,13 +81,14 @@ export async function carryOut(step: Act, made: Made, deps: Deps): Promise<reado
   const { facts } = made
   switch (step.do) {
     case 'create': {
-      const containerId = await deps.engine.create(specOf(step.member, made, deps))
+      const containerId = await deps.engine.create(specOf(step.member, made, deps)).catch((error: unknown) => blame(step.member, error))
       if (step.member === mainMember) await deps.workshop.execd?.install(containerId, made.record.platform)
       return [...facts, { containerId, member: step.member, state: 'created', exitCode: null, address: '', startedAt: null }]
     }
     case 'start': {
       const fact = factOf(step.member, facts)
-      await deps.engine.start(fact.containerId)
+      // A start that hangs must not keep the sandbox from being removed: the container is known, and goes as it is.
+      await unlessAborted(deps.engine.start(fact.containerId), made.signal).catch((error: unknown) => blame(step.member, error))
       const owns = facts[0] === fact
       const address = owns ? await deps.engine.address(fact.containerId) : ''
       return facts.map((other) => (other === fact ? { ...fact, state: 'running', address } : other))
@@ -102,6 +114,27 @@ function specOf(member: string, made: Made, deps: Deps): ContainerSpec {
   // Read from what exists, not from the record: main never starts outside the guarded namespace.
   const owner = made.record.egress === null ? null : factOf(egressMember, made.facts).containerId
   return mainSpec(deps.config, deps.instance, network, made.record, made.request, owner)
+}
+
+/** What the engine has against the sidecar no client can mend; a host port that is taken is tried again elsewhere. */
+function blame(member: string, error: unknown): never {
+  if (member !== egressMember || !(error instanceof EngineError) || error.status !== 400) throw error
+  throw new ApiError('DOCKER::SANDBOX_START_FAILED', 'The egress sidecar could not be started.', { cause: error })
+}
+
+/** Stops waiting for `work` when the sandbox is given up; the work itself goes on. */
+async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal): Promise<T> {
+  const stop = Promise.withResolvers<never>()
+  const onAbort = (): void => stop.reject(signal.reason)
+  signal.addEventListener('abort', onAbort, { once: true })
+  if (signal.aborted) onAbort()
+  try {
+    const done = await Promise.race([work, stop.promise])
+    signal.throwIfAborted()
+    return done
+  } finally {
+    signal.removeEventListener('abort', onAbort)
+  }
 }
 
 function factOf(member: string, facts: readonly Fact[]): Fact {

@@ -11,6 +11,7 @@ import { parseAccessKeys } from '#policies/access.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import type { Problem } from '#policies/problem.ts'
 import { gatewayAddressProblem } from '#policies/route.ts'
+import { readFailureTtl, valueProblems } from './config-values.ts'
 import { hostUpstreams } from './resolvers.ts'
 
 const table = { default: {} }
@@ -21,7 +22,7 @@ const ServerSchema = Type.Object({
   port: Type.Integer({ minimum: 0, maximum: 65535, default: 8080, description: 'port to listen on; 0 picks a free one' }),
   api_key: Type.Optional(Type.String({ description: 'the key clients send as OPEN-SANDBOX-API-KEY' })),
   api_key_file: text('file that holds the key'),
-  eip: text('host part of direct endpoints, when clients reach this machine under another address'),
+  eip: text('address or name in direct endpoints, when clients reach this machine under another one'),
   max_sandbox_timeout_seconds: Type.Optional(Type.Integer({ minimum: 60, description: 'longest timeout a create may ask for' })),
   create_wait_seconds: Type.Number({ minimum: 0, maximum: 600, default: 10, description: 'how long POST waits for Running before it answers Pending' }),
   timeout_keep_alive: Type.Integer({ minimum: 1, default: 30, description: 'seconds an idle client connection is kept' }),
@@ -80,7 +81,7 @@ const IngressSchema = Type.Object({
 
 export const ConfigSchema = Type.Object({
   server: ServerSchema,
-  log: Type.Object({ level: Type.String({ minLength: 3, default: 'INFO', description: 'DEBUG, INFO, WARNING or ERROR' }) }, table),
+  log: Type.Object({ level: Type.String({ minLength: 3, default: 'INFO', description: 'DEBUG, INFO, WARNING, ERROR or CRITICAL' }) }, table),
   runtime: Type.Object({
     type: Type.Literal('docker', { default: 'docker', description: 'the only one there is' }),
     execd_image: text('image that execd is taken from; without it sandboxes have no execd'),
@@ -113,8 +114,9 @@ export type Config = Checked & {
  * @throws ConfigError with every problem found
  */
 export function readConfig(path: string, env: Record<string, string | undefined>): Config {
-  const checked = checkConfig(ConfigSchema, readToml(path))
-  const problems: Problem[] = []
+  const { checked, problems } = checkSchema(readToml(path))
+  const found = problems.map((problem) => problem.path)
+  const mode = found.some((path) => overlaps(path, 'ingress.mode')) ? null : checked.ingress.mode
   const config: Config = {
     ...checked,
     store: { ...checked.store, path: expandHome(checked.store.path) },
@@ -122,14 +124,38 @@ export function readConfig(path: string, env: Record<string, string | undefined>
     apiKey: readApiKey(checked, env, problems),
     routeToken: blankToNull(checked.ingress.route_token ?? readSecretFile('ingress.route_token_file', checked.ingress.route_token_file, problems)),
     upstreams: readUpstreams(checked, problems),
-    failureTtlSeconds: Number.parseInt(env.PENDING_FAILURE_TTL ?? '', 10) || 3600,
+    failureTtlSeconds: readFailureTtl(env.PENDING_FAILURE_TTL, problems),
   }
-  problems.push(...crossCheck(config))
+  problems.push(...crossCheck(config, mode), ...valueProblems(config, mode))
   if (config.apiKey === null && env.OPENSANDBOX_INSECURE_SERVER !== 'YES') {
     problems.push({ path: 'server.api_key', reason: 'is required; set OPENSANDBOX_INSECURE_SERVER=YES to run without one' })
   }
-  if (problems.length > 0) throw new ConfigError(problems)
+  // A value that does not fit its schema was checked as if it were not there: only the first word on it counts.
+  const own = problems.filter((problem, index) => index < found.length || !found.some((path) => overlaps(path, problem.path)))
+  if (own.length > 0) throw new ConfigError(own)
   return Object.freeze(config)
+}
+
+/** Every problem of the schema, and what can be checked further: the same without the keys that have one. */
+function checkSchema(raw: unknown): { checked: Checked; problems: Problem[] } {
+  try {
+    return { checked: checkConfig(ConfigSchema, raw), problems: [] }
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error
+    const rest = structuredClone(raw) as Record<string, Record<string, unknown>>
+    for (const { path } of error.problems) {
+      const [table = '', key] = path.replaceAll(/\[\d+\]/g, '').split('.')
+      if (key === undefined) delete rest[table]
+      else delete rest[table]?.[key]
+    }
+    return { checked: checkConfig(ConfigSchema, rest), problems: [...error.problems] }
+  }
+}
+
+/** One is the other, or within it. */
+function overlaps(a: string, b: string): boolean {
+  const within = (outer: string, inner: string): boolean => inner === outer || inner.startsWith(`${outer}.`) || inner.startsWith(`${outer}[`)
+  return within(a, b) || within(b, a)
 }
 
 function readToml(path: string): unknown {
@@ -180,12 +206,13 @@ function readSeccomp(config: Checked, problems: Problem[]): { seccomp_profile?: 
   return read === undefined ? {} : { seccomp_profile: read }
 }
 
-function crossCheck(config: Config): Problem[] {
+/** @param mode null when it is wrong itself: then nothing is said of what goes with it */
+function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Problem[] {
   const problems: Problem[] = []
   const { ingress, docker } = config
-  if (ingress.mode === 'gateway' && ingress.gateway === undefined) problems.push({ path: 'ingress.gateway', reason: 'is required when ingress.mode is gateway' })
-  if (ingress.mode === 'direct' && ingress.gateway !== undefined) problems.push({ path: 'ingress.gateway', reason: 'only goes with ingress.mode = "gateway"' })
-  if (ingress.mode === 'direct' && ingress.secure_access !== undefined) problems.push({ path: 'ingress.secure_access', reason: 'only goes with ingress.mode = "gateway"' })
+  if (mode === 'gateway' && ingress.gateway === undefined) problems.push({ path: 'ingress.gateway', reason: 'is required when ingress.mode is gateway' })
+  if (mode === 'direct' && ingress.gateway !== undefined) problems.push({ path: 'ingress.gateway', reason: 'only goes with ingress.mode = "gateway"' })
+  if (mode === 'direct' && ingress.secure_access !== undefined) problems.push({ path: 'ingress.secure_access', reason: 'only goes with ingress.mode = "gateway"' })
   if (ingress.gateway !== undefined) {
     const reason = gatewayAddressProblem(ingress.gateway.route.mode, ingress.gateway.address)
     if (reason !== null) problems.push({ path: 'ingress.gateway.address', reason })

@@ -10,6 +10,7 @@ import { formatProblems, type Problem } from '#policies/problem.ts'
 import { ApiError, type ApiErrorCode } from './api-error.ts'
 import type { Config } from './config.ts'
 import type { Platform } from './group.ts'
+import { imageReferenceProblem } from './image-reference.ts'
 import { metadataProblems } from './metadata.ts'
 import { readLimits, type Limits } from './resources.ts'
 import { splitShell } from './shell-split.ts'
@@ -61,12 +62,12 @@ const mostPolicyBytes = 1_048_576
 const mostStringBytes = 131_071
 /** Fields may also be written in snake case. */
 const aliases: ReadonlyMap<string, string> = new Map(Object.keys(CreateSchema.properties).map((key) => [key.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`), key]))
-const reference = /^[A-Za-z0-9][A-Za-z0-9._/:@-]{0,511}$/
 const renewKey = 'access.renew.extend.seconds'
 
 /** @throws ApiError 400 naming every problem, 501 for what this server does not do */
 export function readCreateRequest(value: unknown, config: Config, now: number): CreateRequest {
   const body = fold(value)
+  if (typeof body !== 'object' || body === null || Array.isArray(body)) throw invalid([{ path: 'body', reason: body === undefined ? 'is empty; it must be a JSON object' : 'must be a JSON object' }])
   const problems = schemaProblems(CreateSchema, body)
   if (problems.length > 0) throw invalid(problems)
   const request = body as Body
@@ -75,7 +76,10 @@ export function readCreateRequest(value: unknown, config: Config, now: number): 
 
   const image = request.image?.uri.trim() ?? ''
   if (image === '') problems.push({ path: 'image.uri', reason: 'is required' })
-  else if (!reference.test(image)) problems.push({ path: 'image.uri', reason: 'is not an image reference' })
+  else {
+    const reason = imageReferenceProblem(image)
+    if (reason !== null) problems.push({ path: 'image.uri', reason })
+  }
   if (request.entrypoint === undefined) problems.push({ path: 'entrypoint', reason: 'is required' })
   if (request.resourceLimits === undefined) problems.push({ path: 'resourceLimits', reason: 'is required; {} means no limit' })
   const read: CreateRequest = {

@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import Dockerode from 'dockerode'
 import type { ContainerSpec } from './container-spec.ts'
 import type { ContainerState, Fact } from './group.ts'
+import { archOf, type Machine } from './machine.ts'
 import { labels } from '#policies/wire.ts'
 
 /** A container with all that a sweep needs to know. */
@@ -19,6 +20,9 @@ export class EngineError extends Error {
     this.status = status
   }
 }
+
+/** What a container writes to its standard output and error, and nobody here reads: the engine keeps this much of it on the host's disk. */
+const containerLog = { Type: 'json-file', Config: { 'max-size': '10m', 'max-file': '2' } }
 
 const removeAttempts = 100
 const removePause = 50
@@ -40,6 +44,13 @@ export class Docker {
     return call(async () => {
       const version = await this.#docker.version()
       return { version: version.Version, arch: version.Arch }
+    })
+  }
+
+  async machine(): Promise<Machine> {
+    return call(async () => {
+      const { OSType, Architecture, NCPU, MemTotal } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number; MemTotal: number }
+      return { os: OSType, arch: archOf(Architecture), cpus: NCPU, memory: MemTotal }
     })
   }
 
@@ -285,6 +296,7 @@ function toBody(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
       ReadonlyRootfs: spec.readOnly,
       ...(spec.readOnly ? { Tmpfs: { '/run': 'rw,nosuid,nodev,noexec,size=4m', '/tmp': 'rw,nosuid,nodev,noexec,size=16m' } } : {}),
       PidsLimit: spec.pids,
+      LogConfig: containerLog,
       ...(spec.memory > 0 ? { Memory: spec.memory } : {}),
       ...(spec.nanoCpus > 0 ? { NanoCpus: spec.nanoCpus } : {}),
       ...(spec.gpus === 0 ? {} : { DeviceRequests: [{ Count: spec.gpus, Capabilities: [['gpu']] }] }),

@@ -40,7 +40,7 @@ export class Execd {
 
   /** execd is at hand when this resolves. Shared by creates that come together. @throws ApiError */
   async prepare(platform: Platform | null, progress: (line: string) => void): Promise<void> {
-    await this.#deps.images.ensure({ reference: this.#reference, platform, auth: null }, progress)
+    await this.#deps.images.ensure({ reference: this.#reference, platform, auth: null }, progress, 'of execd')
     const image = await this.#deps.engine.image(this.#reference)
     if (image === null) throw new ApiError('DOCKER::SANDBOX_EXECD_START_FAILED', 'The execd image is not there.')
     const key = keyOf(platform)

@@ -1,10 +1,12 @@
 /** What is done with a sandbox in its turn: made, looked at, brought to an end. Every order of steps comes from `plan.ts`. */
+import { formatProblems } from '#policies/problem.ts'
 import { labels } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 import { carryOut, type Containers, type Workshop } from './carry-out.ts'
 import type { Config } from './config.ts'
 import type { CreateRequest } from './create-request.ts'
 import { EngineError, type Found } from './docker.ts'
+import { readRefusal } from './engine-words.ts'
 import { membersOf, type Fact, type HostPorts as Ports } from './group.ts'
 import type { Entry, GroupTable } from './group-table.ts'
 import type { HostPorts } from './host-ports.ts'
@@ -166,7 +168,7 @@ export function sameFacts(known: readonly Fact[], found: readonly Fact[]): boole
 
 function toApiError(error: unknown): ApiError {
   if (error instanceof ApiError) return error
-  // The engine's 400 is about limits and names a client chose; anything else may name what is not the client's.
-  if (error instanceof EngineError && error.status === 400) return new ApiError('SANDBOX::INVALID_PARAMETER', `The engine refuses this container: ${error.message.slice(0, 300)}`, { cause: error })
+  const refusal = error instanceof EngineError && error.status >= 400 ? readRefusal(error.message) : null
+  if (refusal !== null) return new ApiError('SANDBOX::INVALID_PARAMETER', formatProblems([refusal]), { cause: error })
   return new ApiError('DOCKER::SANDBOX_START_FAILED', 'The sandbox could not be started.', { cause: error })
 }

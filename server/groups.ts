@@ -42,6 +42,7 @@ export class Groups {
    */
   async create(request: CreateRequest): Promise<Group> {
     if (this.#closed) throw new ApiError('SERVER::SHUTTING_DOWN', 'The server is shutting down.')
+    await this.#deps.workshop.admit(request)
     const record = await this.#newRecord(request)
     this.#deps.store.put(record)
     const entry = this.#table.add({ record, facts: [], progress: null })

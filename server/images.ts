@@ -1,5 +1,6 @@
 /** Makes sure an image is there. Pulls of the same reference are shared. */
 import { ApiError } from './api-error.ts'
+import { pullFaultText } from './engine-words.ts'
 import type { Platform } from './group.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
@@ -20,8 +21,11 @@ export class Images {
     this.#engine = engine
   }
 
-  /** @param progress gets a line now and then while a pull runs @throws ApiError DOCKER::SANDBOX_IMAGE_PULL_FAILED */
-  async ensure(wanted: Wanted, progress: (line: string) => void): Promise<void> {
+  /**
+   * @param progress gets a line now and then while a pull runs @param called what a client is told it is
+   * @throws ApiError DOCKER::SANDBOX_IMAGE_PULL_FAILED
+   */
+  async ensure(wanted: Wanted, progress: (line: string) => void, called: string): Promise<void> {
     const found = await this.#engine.image(wanted.reference)
     if (found !== null && (wanted.platform === null || (found.os === wanted.platform.os && found.arch === wanted.platform.arch))) return
     // Credentials are part of the key: nobody gets an image through another's password.
@@ -35,18 +39,15 @@ export class Images {
     pull.watchers.add(progress)
     try {
       await pull.done
+    } catch (error) {
+      throw new ApiError('DOCKER::SANDBOX_IMAGE_PULL_FAILED', `Failed to pull image ${called}: ${pullFaultText((error as Error).message)}.`, { cause: error })
     } finally {
       pull.watchers.delete(progress)
     }
   }
 
   async #pull(wanted: Wanted, progress: (line: string) => void): Promise<void> {
-    const reference = withTag(wanted.reference)
-    try {
-      await this.#engine.pull(reference, { platform: wanted.platform === null ? null : `${wanted.platform.os}/${wanted.platform.arch}`, auth: wanted.auth }, progress)
-    } catch (error) {
-      throw new ApiError('DOCKER::SANDBOX_IMAGE_PULL_FAILED', `Failed to pull image ${reference}: ${(error as Error).message.slice(0, 300)}`, { cause: error })
-    }
+    await this.#engine.pull(withTag(wanted.reference), { platform: wanted.platform === null ? null : `${wanted.platform.os}/${wanted.platform.arch}`, auth: wanted.auth }, progress)
   }
 }
 

@@ -51,7 +51,7 @@ await network.guard().catch((error: unknown) => {
 
 const groups = new Groups({
   config, instance, store, engine, ports,
-  workshop: createWorkshop(config, { images, network, confirm: sidecars.confirm, execd, probe }),
+  workshop: createWorkshop(config, { machine: () => engine.machine(), images, network, confirm: sidecars.confirm, execd, probe }),
   now: Date.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),

@@ -87,9 +87,8 @@ function directEndpoint(config: Config, record: SandboxRecord, port: number): An
 }
 
 function publicHost(config: Config): string {
-  if (config.server.eip !== undefined) return config.server.eip
-  const host = config.server.host
-  if (host !== '0.0.0.0' && host !== '::') return host.includes(':') ? `[${host}]` : host
+  const host = config.server.eip ?? config.server.host
+  if (host !== '0.0.0.0' && host !== '::') return host.includes(':') && !host.startsWith('[') ? `[${host}]` : host
   const own = Object.values(networkInterfaces()).flat().find((address) => address !== undefined && address.family === 'IPv4' && !address.internal)
   return own?.address ?? '127.0.0.1'
 }

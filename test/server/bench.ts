@@ -69,7 +69,7 @@ export class Bench {
     const execd = reference === undefined ? null : new Execd(reference, { engine: this.engine, images, instance: 'bench' })
     this.groups = new Groups({
       config, instance: 'bench', store: this.store, engine: this.engine, ports: new HostPorts('127.0.0.1'),
-      workshop: createWorkshop(config, { images, network, execd, probe: options.probe ?? null, confirm: options.confirm ?? (async () => undefined) }),
+      workshop: createWorkshop(config, { machine: () => this.engine.machine(), images, network, execd, probe: options.probe ?? null, confirm: options.confirm ?? (async () => undefined) }),
       now: () => this.clock.now,
       changed: (id: string, group: Group | null) => (group === null ? this.routes.delete(id) : this.routes.put(toRoute(group))),
       report: (event) => void this.events.push(event),

@@ -1,5 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
@@ -34,9 +34,40 @@ t.test('refused', async (t) => {
     ['a floor that is no network', `${key}[docker]\nfloor = ["metadata"]`, [/^docker\.floor\[0\]/]],
     ['a key file that is missing', '[server]\napi_key_file = "/no/such/file"', [/^server\.api_key_file: cannot be read: ENOENT/, /^server\.api_key/]],
     ['no TOML', '[server', [/is not TOML: line/]],
+    ['a level nobody knows', `${key}[log]\nlevel = "LOUD"`, [/^log\.level: must be one of DEBUG, INFO/]],
+    ['a sidecar image that is none', `${key}[egress]\nimage = "bad image ref !!"`, [/^egress\.image: is not an image reference/]],
+    ['an execd image in upper case', `${key}[runtime]\nexecd_image = "Foo/execd:1"`, [/^runtime\.execd_image: .*must be lower case/]],
+    ['a profile with an option behind it', `${key}[docker]\napparmor_profile = "a b"`, [/^docker\.apparmor_profile: must be the name/]],
+    ['a capability there is not', `${key}[docker]\ndrop_capabilities = ["CHOWN", "NOT_A_CAP", "cap_kill", ""]`, [/^docker\.drop_capabilities\[1\]: is not/, /^docker\.drop_capabilities\[3\]: is not/]],
+    ['an eip that is no host', `${key}eip = "not a host!!"`, [/^server\.eip: must be an IP address or a host name/]],
+    ['an eip with a port', `${key}eip = "203.0.113.1:80"`, [/^server\.eip/]],
+    ['no address', `${key}host = "999.1.1.1"`, [/^server\.host: must be an IP address/]],
+    ['a short form of an address', `${key}host = "127.1"`, [/^server\.host: must be an IP address/]],
+    ['a name to publish ports on', `${key}host = "localhost"`, [/^server\.host: must be an IP address: in direct mode/]],
+    ['no name', gatewayToml.replace('host = "127.0.0.1"', 'host = "a b"'), [/^server\.host: must be an IP address or a host name/]],
+    ['schema and all the rest at once', '[server]\nport = 70000\n[docker]\nnetwork_mode = "host"\nfloor = ["x"]\npids_limit = 0\n[egress]\ndns_upstreams = ["dns.example"]\n[log]\nlevel = "LOUD"\n[ingress]\nmode = "gateway"',
+      [/^server\.port/, /^docker\.pids_limit/, /^egress\.dns_upstreams\[0\]/, /^ingress\.gateway: is required/, /^docker\.network_mode/, /^docker\.floor\[0\]/, /^log\.level/, /^server\.api_key/]],
+    ['what is wrong already is not called missing as well', `${key}[ingress]\nmode = "gateway"\n[ingress.gateway]\naddress = "a.b"`, [/^ingress\.gateway\.route: is required/]],
+    ['nor its opposite said of it', `${key}[ingress]\nmode = "both"\n[ingress.gateway]\naddress = "a.b"\nroute.mode = "header"`, [/^ingress\.mode: must be one of/]],
+    ['a table that is none', 'server = 5', [/^server: /]],
     ['Kubernetes', `${key}[runtime]\ntype = "kubernetes"`, [/^runtime\.type: must be "docker"/]],
   ]
-  for (const [why, toml, problems] of cases) t.match(problemsOf(toml), problems, why)
+  for (const [why, toml, problems] of cases) {
+    const found = problemsOf(toml)
+    t.match(found, problems, why)
+    t.equal(found.length, problems.length, `${why}: nothing else than ${found.join('; ')}`)
+  }
+})
+
+t.test('how long a failure stays visible', async (t) => {
+  const cases: [given: string | undefined, seconds: number | null][] = [
+    [undefined, 3600], ['', 3600], ['60', 60], [' 60 ', 60], ['0', null], ['-1', null], ['1h', null], ['1.5', null], ['soon', null], ['999999999', null],
+  ]
+  for (const [given, seconds] of cases) {
+    const env = given === undefined ? {} : { PENDING_FAILURE_TTL: given }
+    if (seconds === null) t.match(problemsOf('[server]\napi_key = "k"', env), [/^PENDING_FAILURE_TTL: must be a number of seconds/], String(given))
+    else t.equal(readToml('[server]\napi_key = "k"', env).failureTtlSeconds, seconds, String(given))
+  }
 })
 
 t.test('accepted', async (t) => {
@@ -45,6 +76,15 @@ t.test('accepted', async (t) => {
   t.match(problemsOf('[server]\napi_key = "k"', { OPENSANDBOX_SERVER_API_KEY: '' }), [/api_key/], 'a variable that is set but empty counts')
   t.equal(readToml('[server]\napi_key = "k"', { OPENSANDBOX_SERVER_API_KEY: 'env' }).apiKey, 'env')
   t.same(problemsOf('[server]\napi_key = "k"\nunknown = 1\n[pause]\nx = 1\n[log]\nlevel = "debug"'), [], 'unknown tables and keys')
+  const values: [why: string, toml: string][] = [
+    ['levels in any case', '[log]\nlevel = "Warning"'],
+    ['images with a registry, a tag, a digest', `[egress]\nimage = "Registry.Example:5000/a/b_c:v1.0@sha256:${'a'.repeat(64)}"`],
+    ['no AppArmor profile', '[docker]\napparmor_profile = ""'],
+    ['capabilities with their prefix', '[docker]\ndrop_capabilities = ["CAP_SYS_ADMIN", "all"]'],
+  ]
+  for (const [why, toml] of values) t.same(problemsOf(`[server]\napi_key = "k"\n${toml}`), [], why)
+  for (const eip of ['203.0.113.7', 'box.example', '2001:db8::1', '[2001:db8::1]']) t.same(problemsOf(`[server]\napi_key = "k"\neip = "${eip}"`), [], eip)
+  t.same(problemsOf(gatewayToml.replace('host = "127.0.0.1"', 'host = "localhost"')), [], 'a name to listen on, where nothing is published')
   const config = readToml('[server]\napi_key = "k"\n[egress]\ndns_upstreams = ["198.51.100.53", "198.51.100.54:5353", "2001:db8::53", "[2001:db8::54]:5353"]')
   t.same(config.upstreams, [{ address: '198.51.100.53', port: 53 }, { address: '198.51.100.54', port: 5353 }, { address: '2001:db8::53', port: 53 }, { address: '2001:db8::54', port: 5353 }])
   t.match(config, { egress: { mode: 'dns+nft', disable_ipv6: true }, docker: { host_guard: 'on', network_mode: 'bridge' }, server: { port: 8080, create_wait_seconds: 10 } }, 'safe defaults')
@@ -74,8 +114,12 @@ t.test('the program exits 64 with every problem before it does anything', async 
   const run = (args: string[], env: Record<string, string> = {}) => spawnSync(process.execPath, [join(import.meta.dirname, '../../server/main.ts'), ...args], { env: { PATH: process.env.PATH, HOME: folder, ...env }, encoding: 'utf8', timeout: 20_000 })
   writeFileSync(file, `[server]\nport = 70000\n[store]\npath = "${join(folder, 'made.db')}"\n[docker]\npids_limit = 0`)
   const bad = run(['--config', file])
-  t.match(bad, { status: 64, stderr: /2 problem\(s\)\n  server\.port: .*\n  docker\.pids_limit: / })
+  t.match(bad, { status: 64, stderr: /3 problem\(s\)\n  server\.port: .*\n  docker\.pids_limit: .*\n  server\.api_key: / })
   t.match(run([], { SANDBOX_CONFIG_PATH: file }), { status: 64, stderr: /server\.port/ }, 'by environment')
   t.match(run([]), { status: 64, stderr: /\.sandbox\.toml: cannot be read: ENOENT/ })
   t.match(run(['--nope']), { status: 64, stderr: /--nope/ })
+  t.match(run(['--config', file], { PENDING_FAILURE_TTL: 'soon' }), { status: 64, stderr: /PENDING_FAILURE_TTL: / }, 'the environment is read with it')
+  writeFileSync(file, `[server]\napi_key = "k"\n[store]\npath = "${join(folder, 'made.db')}"\n[docker]\ndrop_capabilities = ["NOT_A_CAP"]`)
+  t.match(run(['--config', file]), { status: 64, stderr: /1 problem\(s\)\n  docker\.drop_capabilities\[0\]: / }, 'what no schema can say, too')
+  t.notOk(existsSync(join(folder, 'made.db')), 'no store was made')
 })

@@ -1,6 +1,7 @@
 import t from 'tap'
 import { ApiError } from '../../server/api-error.ts'
 import { readCreateRequest } from '../../server/create-request.ts'
+import { imageReferenceProblem } from '../../server/image-reference.ts'
 import { readLimits } from '../../server/resources.ts'
 import { splitShell } from '../../server/shell-split.ts'
 import { gatewayToml, readToml } from './bench.ts'
@@ -12,13 +13,16 @@ const now = Date.UTC(2026, 0, 1)
 
 t.test('refusals name the path', async (t) => {
   const cases: [why: string, body: unknown, code: string, text: RegExp][] = [
-    ['nothing', undefined, 'SANDBOX::INVALID_PARAMETER', /object/],
-    ['an array', [], 'SANDBOX::INVALID_PARAMETER', /object/],
+    ['nothing', undefined, 'SANDBOX::INVALID_PARAMETER', /^body: is empty; it must be a JSON object$/],
+    ['null', null, 'SANDBOX::INVALID_PARAMETER', /^body: must be a JSON object$/],
+    ['an array', [], 'SANDBOX::INVALID_PARAMETER', /^body: must be a JSON object$/],
+    ['a text', 'image', 'SANDBOX::INVALID_PARAMETER', /^body: must be a JSON object$/],
     ['empty', {}, 'SANDBOX::INVALID_PARAMETER', /image\.uri: is required; entrypoint: is required; resourceLimits: is required/],
     ['a number as image', { ...body, image: 5 }, 'SANDBOX::INVALID_PARAMETER', /^image: /],
     ['no uri', { ...body, image: {} }, 'SANDBOX::INVALID_PARAMETER', /image\.uri: is required/],
     ['blank uri', { ...body, image: { uri: ' ' } }, 'SANDBOX::INVALID_PARAMETER', /image\.uri: is required/],
     ['an option for uri', { ...body, image: { uri: '--privileged' } }, 'SANDBOX::INVALID_PARAMETER', /image\.uri: is not an image reference/],
+    ['a repository in upper case', { ...body, image: { uri: 'Foo/BAR' } }, 'SANDBOX::INVALID_PARAMETER', /^image\.uri: is not an image reference: the repository must be lower case/],
     ['half an auth', { ...body, image: { uri: 'a', auth: { username: 'u' } } }, 'SANDBOX::INVALID_PARAMETER', /image\.auth\.password: is required/],
     ['empty entrypoint', { ...body, entrypoint: [] }, 'SANDBOX::INVALID_PARAMETER', /entrypoint: /],
     ['no program', { ...body, entrypoint: [''] }, 'SANDBOX::INVALID_PARAMETER', /entrypoint\[0\]: must name a program/],
@@ -92,6 +96,25 @@ t.test('limits', async (t) => {
     const limits = readLimits(raw, problems)
     if (wanted === null) t.equal(problems.length, 1, JSON.stringify(raw))
     else t.same([limits, problems], [wanted, []], JSON.stringify(raw))
+  }
+})
+
+t.test('image references', async (t) => {
+  const digest = `sha256:${'0123456789abcdef'.repeat(4)}`
+  const cases: [why: string, text: string, problem: RegExp | null][] = [
+    ['a name', 'python', null], ['with a tag', 'python:3.12-slim', null], ['with a digest', `python@${digest}`, null], ['with both', `a/b:1@${digest}`, null], ['an image id', digest, null],
+    ['a registry', 'registry.example/a/b:1', null], ['a registry with a port', 'localhost:5000/a', null], ['a registry in upper case', 'Registry.Example/a', null], ['an IPv6 registry', '[2001:db8::1]:5000/a', null],
+    ['separators', 'a__b/c-d/e.f--g', null], ['the longest tag', `a:${'x'.repeat(128)}`, null],
+    ['upper case', 'Python', /lower case/], ['upper case behind a registry', 'r.example/A', /lower case/], ['what no registry is called', 'Foo/bar', /lower case/],
+    ['an option', '--privileged', /is not an image reference$/], ['a space', 'a b', /is not/], ['nothing before the tag', ':1', /is not/], ['an empty tag', 'a:', /the tag/], ['a tag too long', `a:${'x'.repeat(129)}`, /the tag/],
+    ['a tag with a dash in front', 'a:-x', /the tag/], ['an empty part', 'a//b', /is not/], ['a slash at the end', 'a/', /is not/], ['going up', '../a', /is not|registry/], ['three underscores', 'a___b', /is not/],
+    ['a short digest', 'a@sha256:abc', /the digest/], ['two digests', `a@${digest}@${digest}`, /the digest/], ['a registry that is no host', 'a_b.example/c', /the registry/],
+    ['a scheme', 'https://r.example/a', /is not|registry/], ['a NUL', 'a\0b', /is not/], ['a line break', 'a\n', /is not/], ['a name too long', 'a'.repeat(256), /longer than 255/],
+  ]
+  for (const [why, text, problem] of cases) {
+    const found = imageReferenceProblem(text)
+    if (problem === null) t.equal(found, null, why)
+    else t.match(found, problem, why)
   }
 })
 

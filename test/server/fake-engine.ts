@@ -2,6 +2,7 @@
 import { labels } from '#policies/wire.ts'
 import type { ContainerSpec } from '../../server/container-spec.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
+import type { Machine } from '../../server/machine.ts'
 import { writeTar } from '../../server/tar.ts'
 
 type Kept = { spec: ContainerSpec; state: Found['state']; exitCode: number | null; address: string; startedAt: number }
@@ -112,6 +113,10 @@ export class FakeEngine {
 
   pull(reference: string): Promise<void> {
     return this.#do(`pull ${reference}`, () => void this.images.add(reference))
+  }
+
+  machine(): Promise<Machine> {
+    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2, memory: 2 ** 33 }))
   }
 
   ping(): Promise<{ version: string }> {

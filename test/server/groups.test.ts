@@ -44,10 +44,92 @@ t.test('a policy too large for an environment string is handed over before main 
   t.same(late, [2000, undefined], 'a smaller one it is started with')
 })
 
-t.test('the engine refuses a limit', async (t) => {
+/** Words of Docker 20.10. What is not known to be harmless is not passed on. */
+t.test('the engine refuses, and clients hear it in our words', async (t) => {
+  const runc = 'failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: '
+  const cases: [call: string, status: number, text: string, answer: number, message: string | RegExp][] = [
+    ['create main', 400, 'Range of CPUs is from 0.01 to 2.00, as there are only 2 CPUs available', 400, /^resourceLimits\.cpu: /],
+    ['create main', 400, 'Minimum memory limit allowed is 6MB', 400, /^resourceLimits\.memory: /],
+    ['start main', 500, 'could not select device driver "" with capabilities: [[gpu]]', 400, /^resourceLimits\.gpu: /],
+    ['start main', 400, `${runc}exec: "/nope": stat /nope: no such file or directory: unknown`, 400, 'entrypoint[0]: names no program of this image'],
+    ['start main', 400, `${runc}exec: "nope": executable file not found in $PATH: unknown`, 400, 'entrypoint[0]: names no program of this image'],
+    ['start main', 400, `${runc}exec: "/etc": permission denied: unknown`, 400, 'entrypoint[0]: names nothing of this image that can be run'],
+    ['start main', 400, `${runc}exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory: unknown`, 400, 'entrypoint[0]: names nothing of this image that can be run'],
+    ['create main', 400, 'invalid mount config for /var/lib/secret', 500, 'The sandbox could not be started.'],
+    ['start main', 500, 'open /var/lib/docker/overlay2/secret: no such file or directory', 500, 'The sandbox could not be started.'],
+    ['create egress', 400, 'invalid CapDrop: unknown capability: "secret"', 500, 'The egress sidecar could not be started.'],
+    ['start egress', 400, `${runc}exec: "node": executable file not found in $PATH: unknown`, 500, 'The egress sidecar could not be started.'],
+    ['pull far/away:1', 500, 'Get "https://secret.example/v2/": dial tcp: lookup secret.example on 198.51.100.53:53: no such host', 500, 'Failed to pull image far/away:1: the registry cannot be reached.'],
+    ['pull far/away:1', 404, 'pull access denied for far/away, repository does not exist or may require docker login: denied: requested access to the resource is denied', 500, /: there is no such image, or these credentials may not pull it\.$/],
+    ['pull far/away:1', 500, 'Get "https://secret.example/v2/x/manifests/1": unauthorized: incorrect username or password', 500, /: the registry does not take these credentials\.$/],
+    ['pull far/away:1', 404, 'manifest for far/away:1 not found: manifest unknown: manifest unknown', 500, /: there is no such tag or digest\.$/],
+    ['pull far/away:1', 500, 'toomanyrequests: You have reached your pull rate limit', 500, /: the registry limits pulls/],
+    ['pull far/away:1', 500, 'write /var/lib/docker/tmp/secret: no space left on device', 500, /: the machine has no room for it\.$/],
+    ['pull far/away:1', 500, 'something secret', 500, 'Failed to pull image far/away:1: the engine could not pull it.'],
+    ['pull registry.internal/egress:1', 500, 'something secret', 500, 'Failed to pull image of the egress sidecar: the engine could not pull it.'],
+  ]
+  for (const [call, status, text, answer, message] of cases) {
+    await using bench = new Bench({ toml: gatewayToml.replace('egress:1', 'registry.internal/egress:1') })
+    if (!call.includes('registry.internal')) bench.engine.images.add('registry.internal/egress:1')
+    bench.engine.before = (each) => { if (each === call) throw new EngineError(text, status) }
+    const got = await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody, ...(call.includes('far/away') ? { image: { uri: 'far/away:1' } } : {}) })
+    t.match(got, { status: answer, body: { message } }, `${call}: ${text}`)
+    t.notMatch(got.body.message, /secret|198\.51\.100|registry\.internal|runc/, 'nothing of the engine')
+    t.equal(bench.engine.kept.size, 0, 'nothing is left')
+  }
+})
+
+t.test('what the machine can never give is refused before anything is written or made', async (t) => {
+  const cases: [why: string, more: object, message: string | null][] = [
+    ['another processor', { platform: { os: 'linux', arch: 'arm64' } }, 'platform.arch: this machine runs amd64 only'],
+    ['its own', { platform: { os: 'linux', arch: 'amd64' } }, null],
+    ['more CPUs than it has', { resourceLimits: { cpu: '2001m' } }, 'resourceLimits.cpu: is more than the 2 CPUs of this machine'],
+    ['all of them', { resourceLimits: { cpu: '2' } }, null],
+    ['both', { platform: { os: 'linux', arch: 'arm64' }, resourceLimits: { cpu: '100000' } }, 'platform.arch: this machine runs amd64 only; resourceLimits.cpu: is more than the 2 CPUs of this machine'],
+    ['less memory than a container needs', { resourceLimits: { memory: '5Mi' } }, 'resourceLimits.memory: must be an amount like 512Mi or 2Gi, at least 6Mi'],
+  ]
+  for (const [why, more, message] of cases) {
+    await using bench = new Bench()
+    const got = await bench.call('POST', '/sandboxes', { ...createBody, ...more })
+    if (message === null) {
+      t.equal(got.status, 202, why)
+      continue
+    }
+    t.match(got, { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message } }, why)
+    t.same(bench.engine.calls.filter((call) => call !== 'machine'), [], `${why}: the engine was asked for nothing`)
+    t.same(bench.store.all(), [])
+  }
   await using bench = new Bench()
-  bench.engine.before = (call) => { if (call === 'create main') throw new EngineError('Range of CPUs is from 0.01 to 2.00', 400) }
-  t.match(await bench.call('POST', '/sandboxes', createBody), { status: 400, body: { code: 'SANDBOX::INVALID_PARAMETER', message: /Range of CPUs/ } })
+  bench.engine.before = (call) => { if (call === 'machine') throw new EngineError('boom', 500) }
+  t.equal((await bench.call('POST', '/sandboxes', { ...createBody, resourceLimits: { cpu: '99' } })).status, 202, 'an engine that does not tell decides itself')
+})
+
+t.test('a start that never answers: the sandbox can be deleted, and expires', async (t) => {
+  for (const role of ['egress', 'main']) {
+    for (const how of ['deleted', 'expired', 'the server ends'] as const) {
+      await using bench = new Bench({ toml: gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0') })
+      const hung = Promise.withResolvers<void>()
+      bench.engine.before = (call) => {
+        if (call !== `start ${role}`) return undefined
+        hung.resolve()
+        return new Promise(() => undefined)
+      }
+      const answer = await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })
+      t.match(answer, { status: 202, body: { status: { state: 'Pending' } } })
+      await hung.promise
+      if (how === 'deleted') t.equal((await bench.call('DELETE', `/sandboxes/${answer.body.id}`)).status, 204)
+      if (how === 'expired') {
+        const gone = Promise.withResolvers<void>()
+        bench.engine.after = (call) => { if (call === 'remove egress') gone.resolve() }
+        bench.clock.now += 600_001
+        await gone.promise
+      }
+      await bench.groups.close(0)
+      t.equal((await bench.call('GET', `/sandboxes/${answer.body.id}`)).status, 404, `${how} while ${role} starts`)
+      t.equal(bench.engine.kept.size, 0, `${how} while ${role} starts: no container`)
+      t.same(bench.store.all(), [], 'no record')
+    }
+  }
 })
 
 /**

@@ -1,0 +1,66 @@
+/** What goes to the engine over the wire, and an engine that does not answer. */
+import { once } from 'node:events'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import t, { type Test } from 'tap'
+import { mainSpec, type ContainerSpec } from '../../server/container-spec.ts'
+import { readCreateRequest } from '../../server/create-request.ts'
+import { Docker } from '../../server/docker.ts'
+import type { SandboxRecord } from '../../server/group.ts'
+import { sidecarSpec } from '../../server/sidecar.ts'
+import { createBody, gatewayToml, policyBody, readToml } from './bench.ts'
+
+type Asked = { url: string; body: any }
+
+/** An engine on a port of its own. @param answer null: none, ever */
+async function startEngine(t: Test, answer: object | null): Promise<{ engine: (timeout: number) => Docker; asked: Asked[] }> {
+  const asked: Asked[] = []
+  const server = createServer((request, response) => {
+    void request.toArray().then((chunks: Buffer[]) => {
+      asked.push({ url: request.url ?? '', body: request.headers['content-type'] === 'application/json' ? JSON.parse(Buffer.concat(chunks).toString()) : null })
+      if (answer !== null) response.writeHead(201, { 'content-type': 'application/json' }).end(JSON.stringify(answer))
+    })
+  }).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => { server.closeAllConnections(); server.close() })
+  const engine = (timeout: number): Docker => {
+    const before = process.env.DOCKER_HOST
+    process.env.DOCKER_HOST = `tcp://127.0.0.1:${(server.address() as AddressInfo).port}`
+    try {
+      return new Docker(timeout)
+    } finally {
+      if (before === undefined) delete process.env.DOCKER_HOST
+      else process.env.DOCKER_HOST = before
+    }
+  }
+  return { engine, asked }
+}
+
+function specs(): ContainerSpec[] {
+  const config = readToml(gatewayToml)
+  const request = readCreateRequest({ ...createBody, ...policyBody }, config, 0)
+  const record: SandboxRecord = {
+    id: 'a', phase: 'creating', announced: false, reason: null, message: null, createdAt: 0, changedAt: 0, keepUntil: null, expiresAt: null, image: request.image, entrypoint: request.command,
+    metadata: null, platform: null, egress: { token: 'token', policy: request.networkPolicy! }, secureAccessToken: null, hostPorts: {}, renewExtendSeconds: null,
+  }
+  return [sidecarSpec(config, 'i', 'n', record), mainSpec(config, 'i', 'n', record, request, 'owner')]
+}
+
+t.test("what a sandbox prints does not fill the host's disk", async (t) => {
+  const { engine, asked } = await startEngine(t, { Id: 'c1' })
+  for (const spec of specs()) {
+    t.equal(await engine(5000).create(spec), 'c1')
+    t.same(asked.at(-1)?.body.HostConfig.LogConfig, { Type: 'json-file', Config: { 'max-size': '10m', 'max-file': '2' } }, spec.name)
+  }
+})
+
+t.test('every call has a time limit', { timeout: 20_000 }, async (t) => {
+  const { engine } = await startEngine(t, null)
+  const docker = engine(100)
+  const calls: [name: string, call: () => Promise<unknown>][] = [
+    ['create', () => docker.create(specs()[1]!)], ['start', () => docker.start('c1')], ['list', () => docker.list([])], ['examine', () => docker.examine([])], ['address', () => docker.address('c1')],
+    ['remove', () => docker.remove('c1')], ['pause', () => docker.pause('c1')], ['resume', () => docker.resume('c1')], ['image', () => docker.image('a')], ['machine', () => docker.machine()],
+    ['network', () => docker.network('n')], ['read', () => docker.read('c1', '/a')], ['write', () => docker.write('c1', Buffer.alloc(512))],
+  ]
+  for (const [name, call] of calls) await t.rejects(call(), { name: 'EngineError', status: 0 }, name)
+})
