@@ -3,7 +3,7 @@ import t from 'tap'
 import { execa } from 'execa'
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
 import path from 'node:path'
-import { readCounts, readFiles, readSkipReason } from '#test/support/tap-output.ts'
+import { readCounts, readFiles, readSkipReason, slowestFiles } from '#test/support/tap-output.ts'
 
 const abilities = path.join(import.meta.dirname, 'support', 'abilities.ts')
 
@@ -27,6 +27,11 @@ t.test('files of a run', async (t) => {
     { name: 'test/d.test.ts took too long', ok: false, skipped: undefined, milliseconds: 0 },
   ])
   t.match(files[1]!.output, /not ok 1 - y/, 'what a file said goes with it')
+})
+
+t.test('the slowest files', async (t) => {
+  const files = [{ name: 'type check', milliseconds: 9000 }, { name: 'a.test.ts', milliseconds: 100 }, { name: 'b.test.ts', milliseconds: 12_340 }, { name: 'c.test.ts', milliseconds: 1000 }]
+  t.equal(slowestFiles(files, 2), '   12.3 s  b.test.ts\n    1.0 s  c.test.ts', 'the longest first, and steps that are no file are not among them')
 })
 
 t.test('a missing ability skips by name, and fails under CI=true', async (t) => {

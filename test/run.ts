@@ -1,5 +1,6 @@
 /**
- * `npm test`: types, unit tests, then system tests one file at a time, and at the end one line `N passed, N failed` that counts assertions.
+ * `npm test`: types, unit tests, then system tests one file at a time, and at the end the slowest files and one line `N passed, N failed` that
+ * counts assertions.
  * `--long` gives the tests their full size and more time; words name the files to run (`npm test -- gateway`).
  */
 import { execa } from 'execa'
@@ -7,7 +8,7 @@ import { existsSync, globSync } from 'node:fs'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { lacking } from './support/abilities.ts'
-import { readCounts, readFiles, readSkipReason, type Counts } from './support/tap-output.ts'
+import { readCounts, readFiles, readSkipReason, slowestFiles, type Counts } from './support/tap-output.ts'
 
 const top = path.dirname(import.meta.dirname)
 const minute = 60_000
@@ -18,6 +19,8 @@ const deadline = Date.now() + limits.run
 /** tap ends a file after 30 s unless told; the limits here are the ones that count. */
 const environment = { TAP: '', NO_COLOR: '1', TAP_TIMEOUT: String(limits.file / 1000), SALLYPORT_TEST_LONG: options.long ? '1' : '0' }
 const total: Counts = { passed: 0, failed: 0, skipped: 0 }
+const times: { name: string; milliseconds: number }[] = []
+const begin = Date.now()
 
 process.exitCode = await main()
 
@@ -32,6 +35,7 @@ async function main(): Promise<number> {
   await runUnitTests(files.filter((file) => !isSystem(file)))
   for (const file of files.filter(isSystem)) await runSystemTest(file)
 
+  console.log(`\nslowest files, of ${((Date.now() - begin) / minute).toFixed(1)} minutes in all:\n${slowestFiles(times, 10)}`)
   const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : ''
   console.log(`\n${total.passed} passed, ${total.failed} failed${skipped}`)
   return total.failed === 0 ? 0 : 1
@@ -113,6 +117,7 @@ function report(result: 'ok' | 'skipped' | 'FAILED', name: string, milliseconds:
   const reason = result === 'skipped' ? `  ${detail}` : ''
   console.log(`${result.padEnd(7)} ${name.padEnd(52)} ${(milliseconds / 1000).toFixed(1).padStart(6)} s${passed}${reason}`)
   if (result === 'FAILED' && detail !== '') console.log(detail.replaceAll(/^/gm, '    '))
+  times.push({ name, milliseconds })
   count(counts)
 }
 

@@ -31,3 +31,9 @@ export function readFiles(output: string): FileResult[] {
   }
   return files
 }
+
+/** The files that took longest, the longest first, a line each: where to look when a run nears its limit. */
+export function slowestFiles(files: readonly { readonly name: string; readonly milliseconds: number }[], count: number): string {
+  const slowest = files.filter(({ name }) => name.endsWith('.test.ts')).sort((a, b) => b.milliseconds - a.milliseconds).slice(0, count)
+  return slowest.map(({ name, milliseconds }) => `${(milliseconds / 1000).toFixed(1).padStart(7)} s  ${name}`).join('\n')
+}
