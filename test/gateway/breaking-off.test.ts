@@ -1,0 +1,164 @@
+/** One side ends early, late, or not as HTTP says: what the other side sees. Against real servers on loopback. */
+import type { Socket } from 'node:net'
+import t from 'tap'
+import { ask, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+
+t.test('a sandbox that breaks off never looks like a regular end', async (t) => {
+  const heads: [string, string, string][] = [
+    ['chunked', 'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n', '1.1'],
+    ['length', 'HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello', '1.1'],
+    ['chunked to HTTP/1.0', 'HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n', '1.0'],
+  ]
+  for (const [name, text, version] of heads) {
+    for (const how of ['end', 'reset'] as const) {
+      await using upstream = await startRaw((socket) => {
+        socket.once('data', () => {
+          socket.write(text)
+          setTimeout(() => (how === 'end' ? socket.destroy() : socket.resetAndDestroy()), 50)
+        })
+      })
+      await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+      const client = new RawClient(gateway.port)
+      client.send(`GET /a/${upstream.port}/ HTTP/${version}\r\nHost: x\r\n\r\n`)
+      await client.until((c) => c.closed || c.ended)
+      t.notOk(client.received.endsWith('0\r\n\r\n'), `${name}, ${how}: no last chunk`)
+      if (version === '1.0') t.ok(client.reset, `${name}, ${how}: where the end of the connection is the end of the body, it is a reset`)
+      await eventually(() => gateway.lines.length === 1, 'the access line')
+      t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/)
+    }
+  }
+})
+
+t.test('a reset ends a response without a length as what it is', async (t) => {
+  await using upstream = await startRaw((socket) => {
+    socket.once('data', () => {
+      socket.write('HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello')
+      setTimeout(() => socket.resetAndDestroy(), 50)
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${upstream.port}/`))
+  await client.until((c) => c.closed || c.ended)
+  t.match(client.received, 'hello')
+  t.notOk(client.received.endsWith('0\r\n\r\n'), 'no last chunk')
+})
+
+t.test('a client that leaves cancels the request, in every phase', async (t) => {
+  for (const phase of ['before the answer', 'during the answer', 'during the upload'] as const) {
+    const gone: Promise<void>[] = []
+    let reached: (socket: Socket) => void = () => undefined
+    const arrived = new Promise<Socket>((resolve) => (reached = resolve))
+    await using upstream = await startRaw((socket) => {
+      gone.push(new Promise((resolve) => socket.once('close', () => resolve())))
+      socket.on('end', () => socket.end())
+      socket.once('data', () => {
+        if (phase === 'during the answer') socket.write('HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n')
+        reached(socket)
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    client.send(phase === 'during the upload' ? `POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nhello` : get(`/a/${upstream.port}/`))
+    await arrived
+    if (phase === 'during the answer') await client.until((c) => c.received.includes('hello'))
+    client.close()
+    await Promise.all(gone)
+    await eventually(() => gateway.lines.length === 1, 'the access line')
+    t.match(gateway.lines[0], phase === 'during the answer' ? /"status":200/ : /"status":0/, phase)
+  }
+})
+
+t.test('a malformed body never puts an error text into an answer under way', async (t) => {
+  await using upstream = await startHttp((_request, response) => {
+    response.writeHead(200, { 'content-length': 1000 })
+    response.write('begun')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(`POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n`)
+  await client.until((c) => c.received.endsWith('begun'))
+  client.send('nonsense\r\n')
+  t.ok((await client.untilClosed()).endsWith('begun'), 'the connection ends, and nothing else')
+  client.close()
+})
+
+t.test('an answer before the end of the upload reaches the client', async (t) => {
+  await using upstream = await startHttp((_request, response) => {
+    response.writeHead(413, { 'content-length': 7, connection: 'close' })
+    response.end('too big')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port)
+  client.send(`POST /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000\r\n\r\n${'x'.repeat(100_000)}`)
+  t.match(await client.until((c) => c.received.includes('too big')), /^HTTP\/1\.1 413/)
+  client.close()
+})
+
+t.test('a stale connection is tried once more when a replay is safe, and only then', async (t) => {
+  for (const [name, request, retried] of [
+    ['GET', (p: number) => `GET /a/${p}/ HTTP/1.1\r\nHost: x\r\n\r\n`, true],
+    ['DELETE', (p: number) => `DELETE /a/${p}/ HTTP/1.1\r\nHost: x\r\n\r\n`, false],
+    ['DELETE with Idempotency-Key', (p: number) => `DELETE /a/${p}/ HTTP/1.1\r\nHost: x\r\nIdempotency-Key: k\r\n\r\n`, true],
+    ['POST with a body', (p: number) => `POST /a/${p}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi`, false],
+  ] as const) {
+    let connections = 0
+    const seen: string[] = []
+    await using upstream = await startRaw((socket) => {
+      const nth = ++connections
+      let requests = 0
+      socket.on('data', (chunk: Buffer) => {
+        requests++
+        seen.push(`${nth}.${requests} ${chunk.toString('latin1').split(' ')[0]}`)
+        // The first connection dies under its second request.
+        if (nth === 1 && requests === 2) socket.destroy()
+        else socket.write('HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok')
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    client.send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n\r\n`)
+    await client.until((c) => c.received.endsWith('ok'))
+    client.received = ''
+    client.send(request(upstream.port))
+    const answer = await client.until((c) => /\r\n\r\n./s.test(c.received))
+    t.equal(statusOf(answer), retried ? 200 : 502, name)
+    t.equal(seen.filter((line) => line.startsWith('2.')).length, retried ? 1 : 0, `${name}: ${seen.join(', ')}`)
+    client.close()
+  }
+})
+
+t.test('a port that is still booting is waited for, for a bounded time', async (t) => {
+  const reserved = await startRaw(() => undefined)
+  const { port } = reserved
+  await reserved[Symbol.asyncDispose]()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 3_000 })
+  const client = new RawClient(gateway.port)
+  client.send(get(`/a/${port}/`))
+  await new Promise((resolve) => setTimeout(resolve, 120))
+  const { createServer } = await import('node:http')
+  const late = createServer((_request, response) => response.end('late'))
+  await new Promise<void>((resolve) => late.listen(port, '127.0.0.1', resolve))
+  t.match(await client.untilClosed(), /^HTTP\/1\.1 200[\s\S]*late/)
+  late.closeAllConnections()
+  await new Promise((resolve) => late.close(resolve))
+  t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused at once')
+})
+
+t.test('a sandbox that speaks no HTTP, or breaks its rules, is a 502', async (t) => {
+  for (const [name, text] of [
+    ['noise', 'SSH-2.0-OpenSSH\r\n'],
+    ['two lengths', 'HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nx'],
+    ['length and chunks', 'HTTP/1.1 200 OK\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n'],
+    ['bad name', 'HTTP/1.1 200 OK\r\nbad name: 1\r\ncontent-length: 0\r\n\r\n'],
+    ['unasked upgrade', 'HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n'],
+    ['nothing', ''],
+    ['an endless head', `HTTP/1.1 200 OK\r\n${'x: y\r\n'.repeat(100_000)}`],
+  ] as const) {
+    await using upstream = await startRaw((socket) => void socket.once('data', () => socket.end(text)))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    t.equal(statusOf(await ask(gateway.port, get(`/a/${upstream.port}/`))), 502, name)
+    await eventually(() => gateway.lines.length === 1, 'the access line')
+    t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/, name)
+  }
+})
