@@ -46,15 +46,24 @@ for (const mode of ['direct', 'gateway'] as const) {
       t.same(after, nothing, `${why}: nothing is left`)
     }
     await t.test('creates that cannot work', async (t) => {
-      const broken: [why: string, body: object][] = [
-        ['no such program', { entrypoint: ['/no/such/program'] }],
-        ['no such program, with a policy', { entrypoint: ['/no/such/program'], ...policy }],
-        ['no such image', { image: { uri: 'sp-test/no-such-image:local' }, ...policy }],
-        ['a bad policy', { networkPolicy: { egress: [{ action: 'allow', target: 'http://x/' }] } }],
+      const [bad, pull] = ['SANDBOX::INVALID_PARAMETER', 'DOCKER::SANDBOX_IMAGE_PULL_FAILED']
+      const foreign = process.arch === 'x64' ? 'arm64' : 'amd64'
+      const broken: [why: string, body: object, status: number, code: string, message: RegExp][] = [
+        ['no such program', { entrypoint: ['/no/such/program'] }, 400, bad, /^entrypoint\[0\]: names no program of this image$/],
+        ['no such program, with a policy', { entrypoint: ['/no/such/program'], ...policy }, 400, bad, /^entrypoint\[0\]: names no program of this image$/],
+        ['no such program on the path', { entrypoint: ['no-such-program'] }, 400, bad, /^entrypoint\[0\]: names no program of this image$/],
+        ['a folder as program', { entrypoint: ['/etc'] }, 400, bad, /^entrypoint\[0\]: names nothing of this image that can be run$/],
+        // With or without a registry in reach: it is not there, and nothing of the engine's text is passed on.
+        ['no such image', { image: { uri: 'sp-test/no-such-image:local' }, ...policy }, 500, pull, /^Failed to pull image sp-test\/no-such-image:local: (the registry cannot be reached|there is no such image, or these credentials may not pull it|the registry limits pulls; try again later)\.$/],
+        ['an image in upper case', { image: { uri: 'Foo/BAR' } }, 400, bad, /^image\.uri: .*must be lower case$/],
+        ['another processor', { platform: { os: 'linux', arch: foreign } }, 400, bad, /^platform\.arch: this machine runs/],
+        ['more CPUs than there are', { resourceLimits: { cpu: '100000' } }, 400, bad, /^resourceLimits\.cpu: is more than the \d+ CPUs of this machine$/],
+        ['too little memory', { resourceLimits: { memory: '5Mi' } }, 400, bad, /^resourceLimits\.memory: /],
+        ['a bad policy', { networkPolicy: { egress: [{ action: 'allow', target: 'http://x/' }] } }, 400, bad, /^networkPolicy\.egress\[0\]\.target: /],
       ]
-      for (const [why, body] of broken) {
+      for (const [why, body, status, code, message] of broken) {
         const reply = await stack.api.call<{ code: string }>('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '60'], resourceLimits: {}, timeout: 60, ...body })
-        t.ok(reply.status >= 400, `${why}: refused with ${reply.status}`, reply.body)
+        t.match(reply, { status, body: { code, message } }, `${why}: refused with ${status}`)
         t.same((await stack.containers()).map(({ Names }) => Names), [], `${why}: no container`)
         t.same(await stack.api.list(), [], `${why}: no sandbox`)
       }
