@@ -53,7 +53,8 @@ t.test('killed at any time', async (t) => {
   const random = randomOf(t)
   await using internet = await startInternet()
   await using stack = await startStack({ internet })
-  for (let kill = 0; kill < sized(3, 60); kill++) {
+  // With the steps above and those of a delete (server-kill.test.ts) some 20 in all; `npm run test:long` finds the moments between.
+  for (let kill = 0; kill < sized(4, 60); kill++) {
     const after = random.between(0, 1500)
     await t.test(`${after} ms into a create`, async (t) => {
       const created = stack.api.call('POST', '/v1/sandboxes', body).catch(() => undefined)

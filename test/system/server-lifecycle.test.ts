@@ -37,10 +37,6 @@ t.test('what ends a sandbox', { timeout: 180_000 }, async (t) => {
   await guarded.remove()
   await becomes(guarded, 'gone', 'then it was deleted')
 
-  const removed = await stack.create(policy)
-  await docker.getContainer(removed.sidecar!).remove({ force: true })
-  await becomes(removed, 'Failed EGRESS_GONE', 'its sidecar was removed by hand')
-
   const byHand = await stack.create(policy)
   await docker.getContainer(byHand.main).remove({ force: true })
   await becomes(byHand, 'gone', 'its main container was removed by hand')
@@ -95,25 +91,6 @@ t.test('metadata survives, and so does the sandbox, when the server stops', { ti
   t.equal(await stack.server.stop('SIGTERM'), 0)
   t.equal((await docker.listNetworks()).some((network) => network.Name === stack.network), false, 'the last one takes the network along')
   t.notMatch((await execa('nft', ['list', 'ruleset'])).stdout, stack.bridge, 'and its rules')
-})
-
-t.test('two servers on one engine', { timeout: 120_000 }, async (t) => {
-  await using first = await startStack({ internet: nowhere })
-  await using second = await startStack({ internet: nowhere, config: { docker: { network_name: first.network, bridge_name: first.bridge } } })
-  const quiet = { ...policy, entrypoint: ['sleep', '3600'] }
-  const [mine, other] = [await first.create(quiet), await second.create(quiet)]
-  t.equal((await second.api.get(mine.id)), undefined)
-  t.equal((await second.api.call('DELETE', `/v1/sandboxes/${mine.id}`)).status, 404)
-  await second.server.stop('SIGKILL')
-  await second.startServer()
-  t.equal(await first.server.stop('SIGTERM'), 0, 'one stops')
-  t.equal((await docker.listNetworks()).some((network) => network.Name === first.network), true, "the network stays: the other's sandbox is on it")
-  await first.startServer()
-  for (const [stack, sandbox] of [[first, mine], [second, other]] as const) {
-    t.equal((await stack.api.list()).map((item) => `${item.id} ${item.status.state}`).join(), `${sandbox.id} Running`)
-  }
-  await mine.remove()
-  t.equal((await second.api.get(other.id))?.status.state, 'Running')
 })
 
 t.test('what a sandbox reaches without a policy, and with one', { timeout: 180_000 }, async (t) => {
