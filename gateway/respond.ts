@@ -83,11 +83,13 @@ function render(visit: Visit, code: FaultCode, detail: string): { type: string; 
   return { type: 'text/plain; charset=utf-8', body: `OpenSandbox Ingress: ${message}\n` }
 }
 
+/** Light and dark, narrow and wide. No picture, font or script: a page that must always work fetches nothing. */
+const style = ':root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:34rem;margin:18vh auto 2rem;padding:0 1.5rem;overflow-wrap:anywhere}header,footer{font-size:.875rem;opacity:.7}h1{font-size:1.6rem;line-height:1.25;margin:.25rem 0 .75rem}h1::first-letter,p::first-letter{text-transform:uppercase}footer{margin-top:2.5rem;padding-top:.75rem;border-top:1px solid #8886}code{font:.8125rem ui-monospace,monospace}'
+
 function page(status: number, code: FaultCode, message: string, next: string, requestId: string): string {
   return `<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>${status} ${STATUS_CODES[status]}</title>
-<style>body{font:16px/1.5 system-ui,sans-serif;max-width:40em;margin:15vh auto;padding:0 1em}code{background:#eee;padding:.1em .3em}</style></head>
-<body><h1>${status} ${STATUS_CODES[status]}</h1><p>${escapeHtml(message)}</p><p>${escapeHtml(next)}</p><p><code>${code}</code> <small>${escapeHtml(requestId)}</small></p></body></html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>${status} ${STATUS_CODES[status]}</title><style>${style}</style></head>
+<body><header>${status} ${STATUS_CODES[status]}</header><main><h1>${escapeHtml(message)}</h1><p>${escapeHtml(next)}</p></main><footer><code>${code}</code> · request <code>${escapeHtml(requestId)}</code></footer></body></html>
 `
 }
 

@@ -51,6 +51,8 @@ t.test('faults in three forms', async (t) => {
     t.match(json, new RegExp(`x-request-id: ${body.request_id}`, 'i'))
     const page = await ask(gateway.port, get(target, 'Accept: text/html,application/xhtml+xml,*/*'))
     t.match(page, /content-type: text\/html/i)
+    t.match(bodyOf(page), `<code>${code}</code>`)
+    t.notMatch(bodyOf(page), /(src|href)="(?!data:)|url\(/, 'the page fetches nothing')
     t.notOk(bodyOf(page).includes('<script>'), 'nothing of the request becomes markup')
     t.equal(bodyOf(await ask(gateway.port, get(target).replace('GET', 'HEAD'))), '')
     t.equal((await ask(gateway.port, get(target))).includes('retry-after'), status === 503)
