@@ -49,8 +49,8 @@ export class Docker {
 
   async machine(): Promise<Machine> {
     return call(async () => {
-      const { OSType, Architecture, NCPU, MemTotal } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number; MemTotal: number }
-      return { os: OSType, arch: archOf(Architecture), cpus: NCPU, memory: MemTotal }
+      const { OSType, Architecture, NCPU } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number }
+      return { os: OSType, arch: archOf(Architecture), cpus: NCPU }
     })
   }
 

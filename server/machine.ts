@@ -3,8 +3,8 @@ import type { Problem } from '#policies/problem.ts'
 import type { Platform } from './group.ts'
 import type { Limits } from './resources.ts'
 
-/** `arch` as image indexes write it (amd64, arm64); CPUs; bytes. */
-export type Machine = { readonly os: string; readonly arch: string; readonly cpus: number; readonly memory: number }
+/** `arch` as image indexes write it (amd64, arm64). */
+export type Machine = { readonly os: string; readonly arch: string; readonly cpus: number }
 
 export function machineProblems(wanted: { readonly platform: Platform | null; readonly limits: Limits }, machine: Machine): Problem[] {
   const problems: Problem[] = []

@@ -116,7 +116,7 @@ export class FakeEngine {
   }
 
   machine(): Promise<Machine> {
-    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2, memory: 2 ** 33 }))
+    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2 }))
   }
 
   ping(): Promise<{ version: string }> {
