@@ -68,7 +68,7 @@ const renewKey = 'access.renew.extend.seconds'
 export function readCreateRequest(value: unknown, config: Config, now: number): CreateRequest {
   const body = fold(value)
   if (typeof body !== 'object' || body === null || Array.isArray(body)) throw invalid([{ path: 'body', reason: body === undefined ? 'is empty; it must be a JSON object' : 'must be a JSON object' }])
-  const problems = schemaProblems(CreateSchema, body)
+  const problems = [...misspelt(value as object), ...schemaProblems(CreateSchema, body)]
   if (problems.length > 0) throw invalid(problems)
   const request = body as Body
   if (request.extensions?.poolRef?.trim()) throw new ApiError('SANDBOX::UNSUPPORTED_POOL_REF', 'extensions.poolRef: pools are not available on Docker.')
@@ -117,6 +117,14 @@ function fold(value: unknown): unknown {
     folded[name] = name === 'timeout' && typeof inner === 'string' && /^\s*\d{1,15}\s*$/.test(inner) ? Number(inner) : inner
   }
   return folded
+}
+
+/** What guards a sandbox must not get lost in a misspelt key: other unknown keys are ignored (as in the original), these are not. */
+const guarding = /polic|netw|egress|secur/i
+
+function misspelt(value: object): Problem[] {
+  const unknown = Object.keys(value).filter((key) => guarding.test(key) && !Object.hasOwn(CreateSchema.properties, aliases.get(key) ?? key))
+  return unknown.map((key) => ({ path: key.slice(0, 80), reason: 'is not a known field; did you mean networkPolicy or secureAccess?' }))
 }
 
 /** A pretence would be worse than a refusal. */
