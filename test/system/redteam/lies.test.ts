@@ -18,8 +18,11 @@ const liar = { address: '198.51.100.54', port: '5000' }
 const open = 'a sandbox without a policy'
 const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'deny', target: 'denied.wild.example' }, { action: 'allow', target: '*.wild.example' }] }
 
-/** Whom the sandbox asks: without a policy the liar itself, with one its own resolver. Both are asked; one of them answers. */
-const told = (name: string, kind = '1'): string[] => ['steps', 'ask', name, '127.0.0.11', '53', 'udp', kind, ';', 'ask', name, liar.address, liar.port, 'udp', kind, ';']
+/**
+ * Whom the sandbox asks: without a policy the liar itself, with one the sidecar, to which every port 53 leads. Both are asked; one of
+ * them tells the lie. Not 127.0.0.11: without a policy Docker would pass the question on to the machine's own resolver.
+ */
+const told = (name: string, kind = '1'): string[] => ['steps', 'ask', name, '198.51.100.53', '53', 'udp', kind, ';', 'ask', name, liar.address, liar.port, 'udp', kind, ';']
 const lies: Row<typeof open>[] = [
   reaches('an address of another owner in the answer', open, (to) => [...told('stray.wild.example'), 'udp', to, '80'], '198.18.88.1'),
   reaches('an address in the authority section', open, (to) => [...told('authority.wild.example'), 'udp', to, '80'], '198.18.88.2'),
