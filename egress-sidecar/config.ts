@@ -81,9 +81,12 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
   // Whoever asks for interception must not believe that it happens.
   const interception = { MITMPROXY_TRANSPARENT: truthy(text('MITMPROXY_TRANSPARENT')), MITMPROXY_SSL_INSECURE: truthy(text('MITMPROXY_SSL_INSECURE')), MITMPROXY_SCRIPT: text('MITMPROXY_SCRIPT').trim() !== '' }
   for (const [name, wanted] of Object.entries(interception)) if (wanted) problems.push({ path: prefix + name, reason: 'is set, but TLS interception is not part of this sidecar: unset it' })
-  if (problems.length > 0) throw new ConfigError(problems)
+  if (problems.length > 0) throw new ConfigError(problems.map(({ path, reason }) => ({ path: variables[path] ?? path, reason })))
   return Object.freeze(config)
 }
+
+/** A schema speaks of its keys; whoever set a variable looks for its name. */
+const variables: Readonly<Record<string, string>> = { mode: `${prefix}MODE`, exemption: `${prefix}EXEMPTION` }
 
 /** Absent, so that the schema's default holds. */
 function given(key: string, value: unknown): Record<string, unknown> {
