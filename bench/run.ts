@@ -9,6 +9,7 @@ import { parseArgs } from 'node:util'
 import { egress } from './load/egress.ts'
 import { gateway } from './load/gateway.ts'
 import { server } from './load/server.ts'
+import { serverAtOnce } from './load/server-at-once.ts'
 import { formatMicro, runMicro, type Micro } from './micro.ts'
 import { Cleanups } from './program.ts'
 import { formatResult } from './report.ts'
@@ -16,7 +17,7 @@ import { runLoad, type Target } from './rounds.ts'
 
 type Options = { readonly seconds: number; readonly rounds: number | null }
 
-const targets: Readonly<Record<string, Target>> = { gateway, egress, server }
+const targets: Readonly<Record<string, Target>> = { gateway, egress, server, 'server-at-once': serverAtOnce }
 const defaults: Options = { seconds: 1, rounds: null }
 
 await main()

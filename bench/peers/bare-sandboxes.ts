@@ -25,11 +25,11 @@ export class BareSandboxes {
     this.#labels = { [labels.instance]: network, [labels.role]: 'main' }
   }
 
-  /** Makes the network: a bridge like the server's, neighbours kept apart, IPv4. */
+  /** Makes the network, unless an earlier run left it: a bridge like the server's, neighbours kept apart, IPv4. */
   async open(): Promise<void> {
-    await this.#docker.createNetwork({
-      Name: this.#network, Driver: 'bridge', EnableIPv6: false,
-      Options: { 'com.docker.network.bridge.name': 'sp-bench1', 'com.docker.network.bridge.enable_icc': 'false' },
+    const wanted = { Name: this.#network, Driver: 'bridge', EnableIPv6: false, CheckDuplicate: true, Options: { 'com.docker.network.bridge.name': 'sp-bench1', 'com.docker.network.bridge.enable_icc': 'false' } }
+    await this.#docker.createNetwork(wanted).catch((error: { statusCode?: number }) => {
+      if (error.statusCode !== 409) throw error
     })
   }
 
