@@ -21,7 +21,6 @@ export class Ties {
 /** One life of one sandbox. A new life is a new object, so whoever holds the old one cannot reach the new. */
 export class Sandbox {
   entry: RouteEntry
-  ended = false
   /** What hangs on it; null until somebody asks for it: of 100,000 sandboxes most are asked for by nobody. */
   ties: Ties | null = null
   constructor(entry: RouteEntry) {
@@ -29,7 +28,6 @@ export class Sandbox {
   }
 
   end(): void {
-    this.ended = true
     if (this.ties === null) return
     const { upstreams, tunnels, others } = this.ties
     this.ties = null
@@ -55,9 +53,15 @@ const over: ReadonlySet<SandboxState> = new Set(['Terminated', 'Failed'])
 /** Entries handled without giving way to requests: about a millisecond. */
 const slice = 2_000
 
+/** Does a sandbox whose entry becomes `next` go on living, connections and all? */
+function livesOn(known: RouteEntry, next: RouteEntry): boolean {
+  return known.lifecycle === next.lifecycle && known.host === next.host && (!over.has(next.state) || over.has(known.state))
+}
+
 export class RouteTable {
-  readonly #byId = new Map<string, Sandbox>()
-  readonly #byHost = new Map<string, Sandbox>()
+  #byId = new Map<string, Sandbox>()
+  /** Who has an address that only one may have. */
+  #byHost = new Map<string, Sandbox>()
   /** Those that have connections, so that looking after them costs nothing for the rest. */
   readonly #tied = new Set<Sandbox>()
   readonly #exclusive: (host: string) => boolean
@@ -112,14 +116,12 @@ export class RouteTable {
 
   put(entry: RouteEntry): void {
     const known = this.#byId.get(entry.id)
-    const lives = !over.has(entry.state)
-    if (known !== undefined && known.entry.lifecycle === entry.lifecycle && known.entry.host === entry.host && (lives || over.has(known.entry.state))) {
+    if (known !== undefined && livesOn(known.entry, entry)) {
       known.entry = entry
       return
     }
     if (known !== undefined) this.#drop(known)
-    // Who is over has no address any more, whatever its entry still says.
-    const claims = lives && entry.host !== '' && this.#exclusive(entry.host)
+    const claims = this.#claims(entry)
     const before = claims ? this.#byHost.get(entry.host) : undefined
     if (before !== undefined) this.#drop(before)
     const sandbox = new Sandbox(entry)
@@ -134,31 +136,57 @@ export class RouteTable {
 
   /**
    * Makes the table hold exactly these entries, by id; what stays keeps its connections. A long list is taken in slices, so that no
-   * request waits for it: each sandbox changes at once, and nothing is dropped before the whole list is known.
-   * @returns null: done; or a promise for the rest. A later call takes the place of one that is still under way.
+   * request waits for it, and beside the table that is served: no request ever sees half of it. Until it is taken, nothing else may be
+   * put or deleted.
+   * @returns null: taken; or a promise of whether it was: a later call takes the place of one that is still under way
    */
-  replace(wanted: ReadonlyMap<string, RouteEntry>): Promise<void> | null {
+  replace(wanted: ReadonlyMap<string, RouteEntry>): Promise<boolean> | null {
     const steps = this.#replacing(wanted, ++this.#replacements)
     return steps.next().done === true ? null : this.#finish(steps)
   }
 
-  *#replacing(wanted: ReadonlyMap<string, RouteEntry>, turn: number): Generator<void> {
+  *#replacing(wanted: ReadonlyMap<string, RouteEntry>, turn: number): Generator<void, boolean> {
+    const byId = new Map<string, Sandbox>()
+    const byHost = new Map<string, Sandbox>()
+    const changed: [Sandbox, RouteEntry][] = []
     let count = 0
-    for (const [id, sandbox] of this.#byId) {
-      if (!wanted.has(id)) this.#drop(sandbox)
-      if (++count % slice === 0) yield
-      if (turn !== this.#replacements) return
-    }
     for (const entry of wanted.values()) {
-      this.put(entry)
+      const known = this.#byId.get(entry.id)
+      const stays = known !== undefined && livesOn(known.entry, entry)
+      const sandbox = stays ? known : new Sandbox(entry)
+      if (stays) changed.push([sandbox, entry])
+      if (this.#claims(entry)) {
+        const before = byHost.get(entry.host)
+        if (before !== undefined) byId.delete(before.entry.id)
+        byHost.set(entry.host, sandbox)
+      }
+      byId.set(entry.id, sandbox)
       if (++count % slice === 0) yield
-      if (turn !== this.#replacements) return
+      if (turn !== this.#replacements) return false
+    }
+    // From here to the end in one tick: the routes, and the connections that nobody may use any more.
+    this.#byId = byId
+    this.#byHost = byHost
+    for (const [sandbox, entry] of changed) sandbox.entry = entry
+    for (const sandbox of this.#tied) {
+      if (byId.get(sandbox.entry.id) === sandbox) continue
+      sandbox.end()
+      this.#tied.delete(sandbox)
+    }
+    return true
+  }
+
+  async #finish(steps: Generator<void, boolean>): Promise<boolean> {
+    for (;;) {
+      await new Promise((resolve) => setImmediate(resolve))
+      const step = steps.next()
+      if (step.done === true) return step.value
     }
   }
 
-  async #finish(steps: Generator<void>): Promise<void> {
-    do await new Promise((resolve) => setImmediate(resolve))
-    while (steps.next().done !== true)
+  /** Who is over has no address any more, whatever its entry still says. */
+  #claims({ state, host }: RouteEntry): boolean {
+    return !over.has(state) && host !== '' && this.#exclusive(host)
   }
 
   /** The provider's word that the table is true at `now` (ms); Infinity: it always is. */

@@ -166,7 +166,9 @@ export class RouteReader {
     const rest = listing === null ? null : this.#table.replace(listing)
     if (rest === null) return this.#onSynced()
     this.#later = []
-    rest.then(() => {
+    rest.then((taken) => {
+      // A newer stream was faster: what this one says is of yesterday.
+      if (!taken) return
       const events = this.#later ?? []
       this.#later = null
       this.#table.alive(performance.now())

@@ -1,9 +1,11 @@
 /** Routes from a JSON file. It is read again when it changes; a file with a mistake in it changes nothing. */
 import { readFile, stat } from 'node:fs/promises'
-import { readStaticRoutes } from '#policies/static-routes.ts'
+import { setImmediate } from 'node:timers/promises'
 import { ConfigError } from '#policies/config.ts'
+import { StaticRoutesReader } from '#policies/static-routes.ts'
 import type { Provider } from '../gateway.ts'
 import type { RouteTable } from '../routes.ts'
+import { readInSlices } from './json-slices.ts'
 
 export type StaticOptions = {
   readonly path: string
@@ -61,16 +63,22 @@ export class StaticProvider implements Provider {
     }
   }
 
+  /** Takes the file a slice at a time, and gives way to requests between two of them. */
   async #load(): Promise<void> {
     const { path } = this.#options
-    let value: unknown
+    const reader = new StaticRoutesReader()
     try {
-      value = JSON.parse(await readFile(path, 'utf8'))
+      const slices = readInSlices(await readFile(path), 'sandboxes')
+      let slice = slices.next()
+      for (; slice.done !== true; slice = slices.next()) {
+        reader.readSandboxes(slice.value)
+        await setImmediate()
+      }
+      reader.readDocument(slice.value)
     } catch (error) {
       throw new ConfigError([{ path, reason: `cannot be read: ${(error as Error).message}` }])
     }
-    const read = readStaticRoutes(value)
-    if (!read.ok) throw new ConfigError(read.problems.map((problem) => ({ path: `${path}: ${problem.path}`, reason: problem.reason })))
-    await this.#table.replace(new Map(read.routes.map((route) => [route.id, route])))
+    if (reader.problems.length > 0) throw new ConfigError(reader.problems.map((problem) => ({ path: `${path}: ${problem.path}`, reason: problem.reason })))
+    await this.#table.replace(reader.routes)
   }
 }

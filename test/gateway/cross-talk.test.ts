@@ -5,6 +5,7 @@
 import { Agent, createServer, request as httpRequest, type Server } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import t from 'tap'
+import type { Sandbox } from '../../gateway/routes.ts'
 import { entry, eventually, startGateway, startHttp } from './support.ts'
 
 t.test('an address reused within 10 ms under load never crosses owners', async (t) => {
@@ -103,18 +104,28 @@ t.test('a request under way ends with its sandbox, and says so', async (t) => {
 t.test('a new owner of an exclusive address ends the old one, even without a delete', async (t) => {
   const { RouteTable } = await import('../../gateway/routes.ts')
   const table = new RouteTable(() => true)
+  const ended: string[] = []
+  const tie = (id: string): void => void table.tiesOf(table.get(id) as Sandbox).others.add({ destroy: () => ended.push(id) })
   table.put(entry({ id: 'old', host: '10.0.0.1' }))
-  const old = table.get('old')
+  tie('old')
   table.put(entry({ id: 'new', host: '10.0.0.1' }))
   t.equal(table.get('old'), undefined)
-  t.equal(old?.ended, true)
+  t.same(ended, ['old'])
   table.delete('old')
   t.ok(table.get('new'), 'a late delete of the old one does not touch the new')
   table.put(entry({ id: 'dead', host: '10.0.0.1', state: 'Terminated' }))
   t.ok(table.get('new'), 'who is over claims no address')
-  const running = table.get('new')
+  tie('new')
   table.put(entry({ id: 'new', host: '10.0.0.1', state: 'Terminated' }))
-  t.equal(running?.ended, true, 'and keeps no connection')
+  t.same(ended, ['old', 'new'], 'and keeps no connection')
+  table.put(entry({ id: 'left', host: '10.0.0.2' }))
+  table.put(entry({ id: 'stays', host: '10.0.0.3' }))
+  for (const id of ['left', 'stays']) tie(id)
+  const list = [entry({ id: 'stays', host: '10.0.0.3', state: 'Paused' }), entry({ id: 'first', host: '10.0.0.2' }), entry({ id: 'second', host: '10.0.0.2' })]
+  t.equal(table.replace(new Map(list.map((one) => [one.id, one]))), null)
+  t.same([ended, table.size, table.get('first'), table.get('stays')?.entry.state], [['old', 'new', 'left'], 2, undefined, 'Paused'], 'a whole list: who is not in it ends, and the last one has the address')
+  table.put(entry({ id: 'third', host: '10.0.0.2' }))
+  t.equal(table.get('second'), undefined, 'also against what comes after the list')
   const shared = new RouteTable(() => false)
   shared.put(entry({ id: 'one' }))
   shared.put(entry({ id: 'two' }))

@@ -4,7 +4,7 @@ import Type from 'typebox'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import { Fault, faults, toFault } from '#policies/fault.ts'
 import { formatProblems } from '#policies/problem.ts'
-import { readStaticRoutes } from '#policies/static-routes.ts'
+import { StaticRoutesReader } from '#policies/static-routes.ts'
 import { headerNames, labels, sandboxStates } from '#policies/wire.ts'
 
 t.test('faults', async (t) => {
@@ -48,20 +48,27 @@ t.test('configuration', async (t) => {
 })
 
 t.test('static routes', async (t) => {
-  t.same(readStaticRoutes({ sandboxes: [{ id: 'sbx1', host: '127.0.0.1' }, { id: 'p', host: '::1', state: 'Paused', secureAccessToken: 's' }] }), { ok: true, routes: [
+  const read = (sandboxes: readonly unknown[], document: unknown = { sandboxes: [] }): StaticRoutesReader => {
+    const reader = new StaticRoutesReader()
+    for (const sandbox of sandboxes) reader.readSandboxes([sandbox])
+    reader.readDocument(document)
+    return reader
+  }
+  const good = read([{ id: 'sbx1', host: '127.0.0.1' }, { id: 'p', host: '::1', state: 'Paused', secureAccessToken: 's' }])
+  t.same(good.problems, [])
+  t.same([...good.routes.values()], [
     { id: 'sbx1', host: '127.0.0.1', state: 'Running', lifecycle: 'static:127.0.0.1' },
     { id: 'p', host: '::1', state: 'Paused', secureAccessToken: 's', lifecycle: 'static:::1' },
-  ] })
-  const rows: [value: unknown, path: string][] = [
-    [null, ''], [{}, 'sandboxes'], [{ sandboxes: [{ id: 'a' }] }, 'sandboxes[0].host'], [{ sandboxes: [{ id: '', host: 'h' }] }, 'sandboxes[0].id'],
-    [{ sandboxes: [{ id: 'a', host: 'h', state: 'Up' }] }, 'sandboxes[0].state'], [{ sandboxes: [{ id: 'a', host: 'h' }, { id: 'a', host: 'i' }] }, 'sandboxes[1].id'],
-    ...['127.0.0.1:80', 'web:80', '[::1]', '[::1]:80', '::1%eth0', 'http://web', 'a b', '10.0.0.0/8', '999.1.1.1', '127.1', '0x7f000001', '.', 'a..b', 'a/b'].map((host): [unknown, string] => [{ sandboxes: [{ id: 'a', host }] }, 'sandboxes[0].host']),
-    ...['10.0.0.1', 'fd00::1', '::ffff:10.0.0.1', 'web', 'Web_1.Example.com.', '1st.example'].map((host): [unknown, string] => [{ sandboxes: [{ id: 'a', host }] }, 'read']),
+  ])
+  for (const [document, path] of [[null, ''], [{}, 'sandboxes'], [{ sandboxes: 5 }, 'sandboxes'], [{ sandboxes: [{ id: 'a', host: 'h' }] }, 'sandboxes']] as const) t.equal(read([], document).problems[0]?.path, path, JSON.stringify(document))
+  const rows: [sandboxes: unknown[], path: string | undefined][] = [
+    [[{ id: 'a' }], 'sandboxes[0].host'], [[{ id: '', host: 'h' }], 'sandboxes[0].id'], [[{ id: 'a', host: 'h' }, 7], 'sandboxes[1]'],
+    [[{ id: 'a', host: 'h', state: 'Up' }], 'sandboxes[0].state'], [[{ id: 'a', host: 'h' }, { id: 'a', host: 'i' }], 'sandboxes[1].id'],
+    ...['127.0.0.1:80', 'web:80', '[::1]', '[::1]:80', '::1%eth0', 'http://web', 'a b', '10.0.0.0/8', '999.1.1.1', '127.1', '0x7f000001', '.', 'a..b', 'a/b'].map((host): [unknown[], string] => [[{ id: 'a', host }], 'sandboxes[0].host']),
+    ...['10.0.0.1', 'fd00::1', '::ffff:10.0.0.1', 'web', 'Web_1.Example.com.', '1st.example'].map((host): [unknown[], undefined] => [[{ id: 'a', host }], undefined]),
   ]
-  for (const [value, path] of rows) {
-    const read = readStaticRoutes(value)
-    t.equal(read.ok ? 'read' : read.problems[0]?.path, path, JSON.stringify(value))
-  }
+  for (const [sandboxes, path] of rows) t.equal(read(sandboxes).problems[0]?.path, path, JSON.stringify(sandboxes))
+  t.equal(read(Array.from({ length: 500 }, () => 0)).problems.length, 100, 'a file of nothing but mistakes is not told in full')
 })
 
 t.test('wire names', async (t) => {
