@@ -226,6 +226,36 @@ def beacon(*hosts):
         time.sleep(0.02)
 
 
+def storm(allowed, denied, good, bad):
+    """Datagrams and connections to both places, questions for names below both suffixes, without a pause, as long as the container lives."""
+
+    def forever(work):
+        count = 0
+        while True:
+            count += 1
+            try:
+                work(count)
+            except OSError:
+                pass
+            time.sleep(0.005)
+
+    def connect(host):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as s:
+            s.settimeout(0.2)
+            s.connect((host, 443))
+
+    def resolve(count):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.settimeout(0.02)
+            for name in ("n%d.%s" % (count, good), "n%d.%s" % (count, bad)):
+                s.sendto(question(name), ("198.51.100.53", 53))
+            s.recv(512)
+
+    for work in (lambda _: connect(allowed), lambda _: connect(denied), resolve):
+        threading.Thread(target=forever, args=(work,), daemon=True).start()
+    beacon(allowed, denied)
+
+
 def together(*tries):
     """Several attempts at once, each one argument of words; prints one line of ok or what was wrong for each, in order."""
     outcomes = [""] * len(tries)

@@ -1,4 +1,4 @@
-/** The sidecar ends, however it ends: nothing more comes out of its sandbox, and the sandbox ends with it. */
+/** The sidecar ends, however it ends: nothing more comes out of its sandbox, and the sandbox ends with it. Moments: sidecar-kill.test.ts. */
 import t, { type Test } from 'tap'
 import { needs } from '#test/support/abilities.ts'
 import { attackCommand, attackTogether, packetsTo, questionsFor } from '#test/support/attack.ts'
@@ -21,7 +21,6 @@ const entrypoint = attackCommand('beacon', allowed, denied)
 const everyWayOut = [['tcp', allowed, '443'], ['udp', allowed, '443'], ['tcp', denied, '443'], ['tcp', 'allowed.example', '443'], ['ask', 'allowed.example', resolver], ['ask', 'allowed.example', '127.0.0.11']]
 
 const ends: [how: string, end: (sidecar: string) => Promise<unknown>][] = [
-  ['killed', (sidecar) => docker.getContainer(sidecar).kill()],
   ['stopped', (sidecar) => docker.getContainer(sidecar).stop({ t: 1 })],
   ['restarted', (sidecar) => docker.getContainer(sidecar).restart({ t: 0 })],
   ['removed', (sidecar) => docker.getContainer(sidecar).remove({ force: true })],
