@@ -1,10 +1,9 @@
 /** The gateway program: configuration, logger, signals, workers. Everything else is in `gateway.ts`. */
 import cluster from 'node:cluster'
-import { mkdirSync, openSync } from 'node:fs'
 import { createServer, type Server } from 'node:http'
-import { dirname } from 'node:path'
 import pino from 'pino'
 import { ConfigError } from '#policies/config.ts'
+import { openAccessLog } from './access-log.ts'
 import { KeyRing } from './key-ring.ts'
 import { readGatewayConfig, type GatewayConfig, type ReadConfig } from './config.ts'
 import { connectionsThatFit, readLimits } from './descriptors.ts'
@@ -18,8 +17,6 @@ import { reportListening, superviseWorkers } from './workers.ts'
 const exitUsage = 64
 /** EX_UNAVAILABLE: the port or its address cannot be had now. */
 const exitUnavailable = 69
-/** Bytes of access lines that wait for a slow reader; what comes on top is dropped rather than kept in memory. */
-const mostWaiting = 16 * 1024 * 1024
 const levels = new Set(['debug', 'info', 'warn', 'error', 'fatal'])
 
 function readOrExit(): ReadConfig {
@@ -55,12 +52,12 @@ else await serve(config)
 async function serve(config: GatewayConfig): Promise<void> {
   const ring = new KeyRing(config.secureAccessKeys, config.secureAccessKeysFile, (problem) => log.error({ problem }, 'access keys not reloaded'))
   try {
-    const destination = openAccessLog(config.accessLog)
+    const access = openAccessLog(config.accessLog, (error) => log.error({ err: error }, 'access lines are lost'))
     ring.start()
     const gateway = createGateway(config, {
       keys: () => ring.keys,
       renewals: config.provider === 'server' ? { send: (report) => postRenewals(config.serverUrl, config.serverToken, report), onState: (problem) => (problem === '' ? log.info('renewals arrive again') : log.warn({ problem }, 'renewals do not arrive')) } : null,
-      access: destination === null ? null : (line) => void destination.write(line),
+      access,
       provider: (table) =>
         config.provider === 'static'
           ? new StaticProvider({ path: config.routes, every: 500, onProblem: (problem) => log.error({ problem }, 'routes not reloaded') }, table)
@@ -70,43 +67,9 @@ async function serve(config: GatewayConfig): Promise<void> {
     const admin = await openAdmin(gateway, config)
     log.info({ port, mode: config.mode, provider: config.provider, routes: gateway.table.size, pid: process.pid }, 'listening')
     reportListening()
-    closeOnSignal(gateway, admin, () => {
-      ring.close()
-      destination?.flushSync()
-    })
+    closeOnSignal(gateway, admin, () => ring.close())
   } catch (error) {
     exitOnStart(error)
-  }
-}
-
-type Destination = ReturnType<typeof pino.destination>
-
-/**
- * One write per access line would cost more than the line: lines are gathered, and flushed four times a second. Nothing waits for the disk.
- * @throws ConfigError when the file cannot be opened
- */
-function openAccessLog(where: string): Destination | null {
-  if (where === 'off') return null
-  const fd = where === 'stdout' ? 1 : where === 'stderr' ? 2 : openFile(where)
-  const destination = pino.destination({ fd, sync: false, minLength: 65_536, maxWrite: 131_072, maxLength: mostWaiting })
-  let lost = false
-  const losing = (error: unknown): void => {
-    if (!lost) log.error({ err: error }, 'access lines are lost')
-    lost = true
-  }
-  destination.on('error', losing)
-  destination.on('drop', () => losing(new Error('the reader of the access log is too slow')))
-  destination.on('drain', () => (lost = false))
-  setInterval(() => destination.flush(), 250).unref()
-  return destination
-}
-
-function openFile(path: string): number {
-  try {
-    mkdirSync(dirname(path), { recursive: true })
-    return openSync(path, 'a')
-  } catch (error) {
-    throw new ConfigError([{ path: '--access-log', reason: `${path} cannot be opened: ${(error as NodeJS.ErrnoException).code}` }])
   }
 }
 

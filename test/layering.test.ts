@@ -26,7 +26,7 @@ const importers: Record<string, readonly string[]> = {
   execa: ['egress-sidecar/nft.ts', 'server/host-guard.ts', 'deploy/'],
   'lru-cache': ['gateway/', 'egress-sidecar/', 'server/rate-limit.ts'],
   dockerode: ['server/docker.ts'],
-  pino: ['gateway/main.ts', 'gateway/workers.ts', 'egress-sidecar/log.ts', 'server/main.ts'],
+  pino: ['gateway/main.ts', 'gateway/access-log.ts', 'gateway/workers.ts', 'egress-sidecar/log.ts', 'server/main.ts'],
   'prom-client': ['gateway/metrics.ts', 'egress-sidecar/metrics.ts', 'server/metrics.ts'],
   typebox: ['policies/', 'gateway/config.ts', 'egress-sidecar/config.ts', 'server/'],
   'smol-toml': ['gateway/config.ts', 'server/config.ts', 'deploy/start.ts'],
