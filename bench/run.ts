@@ -8,8 +8,10 @@ import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { egress } from './load/egress.ts'
 import { gateway } from './load/gateway.ts'
+import { websocket } from './load/websocket.ts'
 import { server } from './load/server.ts'
 import { serverAtOnce } from './load/server-at-once.ts'
+import { serverMany } from './load/server-many.ts'
 import { formatMicro, runMicro, type Micro } from './micro.ts'
 import { Cleanups } from './program.ts'
 import { formatResult } from './report.ts'
@@ -17,7 +19,7 @@ import { runLoad, type Target } from './rounds.ts'
 
 type Options = { readonly seconds: number; readonly rounds: number | null }
 
-const targets: Readonly<Record<string, Target>> = { gateway, egress, server, 'server-at-once': serverAtOnce }
+const targets: Readonly<Record<string, Target>> = { gateway, websocket, egress, server, 'server-at-once': serverAtOnce, 'server-many': serverMany }
 const defaults: Options = { seconds: 1, rounds: null }
 
 await main()
