@@ -65,7 +65,7 @@ export function createWorkshop(config: Config, { machine, images, network, confi
     async prepare(record, request, progress, signal) {
       const wanted = [{ reference: request.image, platform: request.platform, auth: request.auth, called: request.image }]
       if (record.egress !== null && config.egress.image !== undefined) wanted.push({ reference: config.egress.image, platform: null, auth: null, called: 'of the egress sidecar' })
-      const pulling = (called: string) => (line: string) => progress(`Pulling image ${called}: ${line}`)
+      const pulling = (called: string) => (said: string) => progress(`Pulling image ${called}: ${said}.`)
       const ready = Promise.all([
         network.ensure(),
         execd?.prepare(record.platform, pulling('of execd')),

@@ -4,10 +4,11 @@ import Dockerode from 'dockerode'
 import type { ContainerSpec } from './container-spec.ts'
 import type { ContainerState, Fact } from './group.ts'
 import { archOf, type Machine } from './machine.ts'
+import type { PullLine } from './pull-progress.ts'
 import { labels } from '#policies/wire.ts'
 
-/** A container with all that a sweep needs to know. */
-export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly createdAt: number }
+/** A container with all that a sweep needs to know. `published`: container port → host port, while it runs. */
+export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly createdAt: number; readonly published: ReadonlyMap<number, number> }
 export type NetworkFact = { readonly id: string; readonly name: string; readonly driver: string; readonly bridge: string; readonly subnets: readonly string[]; readonly labels: Readonly<Record<string, string>> }
 export type EngineEvent = { readonly kind: 'container' | 'network'; readonly action: string; readonly labels: Readonly<Record<string, string>>; readonly name: string }
 
@@ -172,15 +173,15 @@ export class Docker {
     }
   }
 
-  /** Pulls; errors that arrive inside the stream count too. `progress` gets the engine's status lines. */
-  async pull(reference: string, options: { platform: string | null; auth: { username: string; password: string } | null }, progress: (line: string) => void): Promise<void> {
+  /** Pulls; errors that arrive inside the stream count too. `progress` gets what the engine says meanwhile. */
+  async pull(reference: string, options: { platform: string | null; auth: { username: string; password: string } | null }, progress: (line: PullLine) => void): Promise<void> {
     await call(async () => {
       const stream = await this.#streams.pull(reference, {
         ...(options.platform === null ? {} : { platform: options.platform }),
         ...(options.auth === null ? {} : { authconfig: options.auth }),
       })
       await new Promise<void>((resolve, reject) => {
-        this.#streams.modem.followProgress(stream, (error) => (error === null ? resolve() : reject(error)), (line: { status?: string; progress?: string }) => progress(`${line.status ?? ''} ${line.progress ?? ''}`.trim()))
+        this.#streams.modem.followProgress(stream, (error) => (error === null ? resolve() : reject(error)), progress)
       })
     })
   }
@@ -256,6 +257,7 @@ function toFound(info: Dockerode.ContainerInfo): Found {
     labels: info.Labels,
     image: info.Image,
     createdAt: info.Created * 1000,
+    published: new Map((info.Ports ?? []).flatMap(({ PrivatePort, PublicPort }) => (PublicPort === undefined ? [] : [[PrivatePort, PublicPort]]))),
   }
 }
 

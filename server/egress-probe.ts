@@ -4,11 +4,11 @@
  * an answer can only come from the sidecar's proxy, to which the question was redirected; a question that was let
  * through is never answered. How the kernel tells the two apart depends on the host, so it is tried and not assumed.
  */
-import { readFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import { labels } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 import type { Containers } from './carry-out.ts'
+import { bootId } from './clock.ts'
 import type { Config } from './config.ts'
 import { groupLabels, securityOptions, type ContainerSpec } from './container-spec.ts'
 import type { SandboxRecord } from './group.ts'
@@ -55,7 +55,7 @@ export class EgressProbe {
 
   async #wanted(): Promise<string> {
     const [{ version }, image] = await Promise.all([this.#deps.engine.ping(), this.#deps.engine.image(this.#config.egress.image ?? '')])
-    return [readFileSync('/proc/sys/kernel/random/boot_id', 'utf8').trim(), version, image?.id, this.#config.egress.mode, this.#deps.network.name].join(' ')
+    return [bootId(), version, image?.id, this.#config.egress.mode, this.#deps.network.name].join(' ')
   }
 
   /** Twice: a sweep removes containers of ours that belong to no sandbox, and may find these. */
@@ -92,8 +92,8 @@ export class EgressProbe {
   }
 
   async #exitCode(id: string, containerId: string): Promise<number> {
-    const deadline = Date.now() + patience
-    while (Date.now() < deadline) {
+    const deadline = performance.now() + patience
+    while (performance.now() < deadline) {
       const found = await this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
       const probe = found.find((container) => container.containerId === containerId)
       if (probe === undefined) throw new Error('the probe was removed')

@@ -136,6 +136,19 @@ export class Groups {
     for (const record of this.#deps.store.all()) this.#table.add({ record, facts: [], progress: null })
   }
 
+  /** Ends whose time is over, now and not within a second. For tests, which drive the clock themselves. */
+  tick(): void {
+    this.#table.tick()
+  }
+
+  /** The wall clock was set: everybody lives as long as was promised, by the new time. @throws ApiError when the store does not take it; then nothing has changed */
+  stepped(milliseconds: number, note: string): void {
+    const moved = this.#deps.store.all().map((record) => movedBy(record, milliseconds))
+    this.#deps.store.putAll(moved, 'clock', note)
+    for (const entry of this.#table.all()) this.#table.set(entry, { record: movedBy(entry.group.record, milliseconds) })
+    this.#deps.report('clock-stepped', '', { milliseconds })
+  }
+
   /**
    * Compares everything with what Docker has: finishes what a killed server left, ends what has lost its guard,
    * removes what belongs to nobody. At start, after the event stream broke, and every half minute.
@@ -228,6 +241,11 @@ export class Groups {
       this.#table.set(entry, { facts: facts.map((fact) => (fact === main ? { ...fact, state: to } : fact)), record: { ...record, changedAt: this.#deps.now() } })
     })
   }
+}
+
+function movedBy(record: SandboxRecord, milliseconds: number): SandboxRecord {
+  const move = (moment: number | null): number | null => (moment === null ? null : moment + milliseconds)
+  return { ...record, expiresAt: move(record.expiresAt), keepUntil: move(record.keepUntil) }
 }
 
 /** Stops the making of a sandbox, if it is still being made, at the next step. */

@@ -4,6 +4,7 @@ import { homedir } from 'node:os'
 import { pino } from 'pino'
 import { ConfigError } from '#policies/config.ts'
 import { createWorkshop } from './carry-out.ts'
+import { Clock, machineClocks } from './clock.ts'
 import { readConfig, type Config } from './config.ts'
 import { Docker } from './docker.ts'
 import { EgressProbe } from './egress-probe.ts'
@@ -49,12 +50,13 @@ await network.guard().catch((error: unknown) => {
   stopStart(exitNoRights, `the host guard cannot be set: ${guardText(error)}. Run as root with nftables installed, or set [docker] host_guard = "off" and accept that sandboxes reach this host`)
 })
 
+const clock = new Clock(machineClocks, store.note('clock'), (milliseconds, note) => groups.stepped(milliseconds, note))
 const groups = new Groups({
   config, instance, store, engine, ports,
   workshop: createWorkshop(config, { machine: () => engine.machine(), images, network, confirm: sidecars.confirm, execd, probe }),
-  now: Date.now,
+  now: clock.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
-  report: (event, id, detail) => log[/failed|orphan|ended/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
+  report: (event, id, detail) => log[/failed|orphan|ended|stepped/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
 })
 const watch = new Watch({
   engine, instance, network: network.name,
@@ -65,13 +67,16 @@ const watch = new Watch({
   },
   report: (event, detail) => log.warn({ event, ...detail }),
 })
+// Set while the server was away: noticed before anybody is found to be late.
+clock.now()
+rememberClock()
 groups.load()
 await watch.start(10_000)
 
 const server = createServer({
   config, groups, routes,
   askPolicy: sidecars.policy,
-  now: Date.now,
+  now: clock.now,
   readiness: async () => {
     const checks = {
       engine: watch.connected ? 'ok' : 'unreachable',
@@ -126,6 +131,15 @@ function openOr<T>(open: () => T, what: string): T {
 function stopStart(code: number, message: string): never {
   process.stderr.write(`sallyport server: ${message}\n`)
   process.exit(code)
+}
+
+/** For the next server. A full disk is no reason not to start. */
+function rememberClock(): void {
+  try {
+    if (store.note('clock') !== clock.note) store.setNote('clock', clock.note)
+  } catch (error) {
+    log.warn({ event: 'clock-note-failed', error: String((error as Error).cause ?? error) })
+  }
 }
 
 function storeCheck(): string {

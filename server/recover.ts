@@ -1,7 +1,7 @@
 /** Rebuilds what the store should have known about a sandbox from the labels of its containers. Pure. */
-import { labels } from '#policies/wire.ts'
+import { labels, wellKnownPorts } from '#policies/wire.ts'
 import type { Found } from './docker.ts'
-import { egressMember, mainMember, type SandboxRecord } from './group.ts'
+import { egressMember, mainMember, type HostPorts, type SandboxRecord } from './group.ts'
 import { isReserved } from './metadata.ts'
 
 /** Label prefixes that come with images or tools and are nobody's metadata. */
@@ -17,7 +17,8 @@ export function recordFromLabels(id: string, found: readonly Found[], now: numbe
   if (main === undefined || main.state === 'created' || id === '') return null
   const label = main.labels
   const token = label[labels.egressAuthToken]
-  if (token !== undefined && !found.some((container) => container.member === egressMember)) return null
+  const gate = found.find((container) => container.member === egressMember)
+  if (token !== undefined && gate === undefined) return null
   const expiresAt = Date.parse(label[labels.expiresAt] ?? '')
   const metadata = Object.fromEntries(Object.entries(label).filter(([key]) => !isReserved(key) && !foreign.some((prefix) => key.startsWith(prefix))))
   return {
@@ -30,12 +31,12 @@ export function recordFromLabels(id: string, found: readonly Found[], now: numbe
     egress: token === undefined ? null : { token, policy: { defaultAction: 'deny', egress: [] } },
     secureAccessToken: label[labels.secureAccessToken] ?? null,
     accessEpoch: Math.floor(now / 1000),
-    hostPorts: { ...port('http', label[labels.httpPort]), ...port('execd', label[labels.embeddingProxyPort]) },
+    hostPorts: { ...port('http', label[labels.httpPort]), ...port('execd', label[labels.embeddingProxyPort]), ...port('egress', gate?.published.get(wellKnownPorts.egressApi)) },
     renewExtendSeconds: Number(label[labels.accessRenewExtendSeconds]) || null,
   }
 }
 
-function port(name: 'http' | 'execd', text: string | undefined): Record<string, number> {
+function port(name: keyof HostPorts, text: string | number | undefined): HostPorts {
   const value = Number(text)
   return Number.isInteger(value) && value >= 1 && value <= 65535 ? { [name]: value } : {}
 }

@@ -11,10 +11,14 @@ import type { SandboxRecord } from './group.ts'
 
 const schemaVersion = 1
 
+/** Facts about the server itself: whose objects are its own, what was proved about sidecars, how far apart its clocks were. */
+type Note = 'instance' | 'egress-proof' | 'clock'
+
 export class Store {
   readonly #db: DatabaseSync
   readonly #put: StatementSync
   readonly #delete: StatementSync
+  readonly #setNote: StatementSync
 
   /** Opens or makes the file; `:memory:` for tests. @throws when it is another program's, or a newer version's */
   constructor(path: string) {
@@ -28,6 +32,7 @@ export class Store {
     this.#migrate()
     this.#put = this.#db.prepare('INSERT INTO sandboxes (id, record) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record')
     this.#delete = this.#db.prepare('DELETE FROM sandboxes WHERE id = ?')
+    this.#setNote = this.#db.prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value')
   }
 
   /** Whose objects these are: the configured name, else one made once. */
@@ -40,12 +45,12 @@ export class Store {
   }
 
   /** A fact about this server that must survive, null while unknown. */
-  note(key: 'instance' | 'egress-proof'): string | null {
+  note(key: Note): string | null {
     return (this.#db.prepare('SELECT value FROM meta WHERE key = ?').get(key)?.value as string | undefined) ?? null
   }
 
-  setNote(key: 'instance' | 'egress-proof', value: string): void {
-    this.#write(() => this.#db.prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value').run(key, value))
+  setNote(key: Note, value: string): void {
+    this.#write(() => this.#setNote.run(key, value))
   }
 
   all(): SandboxRecord[] {
@@ -55,6 +60,22 @@ export class Store {
   /** @throws ApiError SERVER::STORE_FAILED when the disk does not take it (then nothing has changed) */
   put(record: SandboxRecord): void {
     this.#write(() => this.#put.run(record.id, JSON.stringify(record)))
+  }
+
+  /** Many records and a note that goes with them: all of it, or nothing. @throws ApiError SERVER::STORE_FAILED */
+  putAll(records: readonly SandboxRecord[], key: Note, value: string): void {
+    this.#write(() => {
+      this.#db.exec('BEGIN IMMEDIATE')
+      try {
+        for (const record of records) this.#put.run(record.id, JSON.stringify(record))
+        this.#setNote.run(key, value)
+        this.#db.exec('COMMIT')
+      } catch (error) {
+        // A full disk may have ended it already.
+        if (this.#db.isTransaction) this.#db.exec('ROLLBACK')
+        throw error
+      }
+    })
   }
 
   delete(id: string): void {

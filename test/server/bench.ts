@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import type { FastifyInstance } from 'fastify'
 import { createWorkshop } from '../../server/carry-out.ts'
+import { Clock, type Clocks } from '../../server/clock.ts'
 import { readConfig, type Config } from '../../server/config.ts'
 import { Execd } from '../../server/execd.ts'
 import { Groups } from '../../server/groups.ts'
@@ -47,7 +48,7 @@ export function readToml(text: string, env: Record<string, string> = {}): Config
   }
 }
 
-export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<void> }; clock?: { now: number } }
+export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<void> }; clock?: { now: number }; clocks?: Clocks; env?: Record<string, string> }
 
 export class Bench {
   readonly engine: FakeEngine
@@ -59,7 +60,7 @@ export class Bench {
   readonly events: string[] = []
 
   constructor(options: Options = {}) {
-    const config = readToml(options.toml ?? gatewayToml)
+    const config = readToml(options.toml ?? gatewayToml, options.env)
     this.engine = options.engine ?? new FakeEngine()
     this.store = new Store(options.store ?? ':memory:')
     this.clock = options.clock ?? { now: Date.UTC(2026, 0, 1) }
@@ -67,17 +68,24 @@ export class Bench {
     const images = new Images(this.engine)
     const reference = config.runtime.execd_image
     const execd = reference === undefined ? null : new Execd(reference, { engine: this.engine, images, instance: 'bench' })
+    const stepping = options.clocks === undefined ? null : new Clock(options.clocks, this.store.note('clock'), (milliseconds, note) => this.groups.stepped(milliseconds, note))
+    const now = stepping?.now ?? ((): number => this.clock.now)
     this.groups = new Groups({
       config, instance: 'bench', store: this.store, engine: this.engine, ports: new HostPorts('127.0.0.1'),
       workshop: createWorkshop(config, { machine: () => this.engine.machine(), images, network, execd, probe: options.probe ?? null, confirm: options.confirm ?? (async () => undefined) }),
-      now: () => this.clock.now,
+      now,
       changed: (id: string, group: Group | null) => (group === null ? this.routes.delete(id) : this.routes.put(toRoute(group))),
       report: (event) => void this.events.push(event),
     })
     this.app = createServer({
-      config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now: () => this.clock.now, finished: () => undefined,
+      config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now, finished: () => undefined,
       readiness: async () => ({ ready: true, checks: { engine: 'ok', store: 'ok', host_guard: 'ok', isolation: 'isolated' } }),
     })
+    // As main.ts does.
+    if (stepping !== null) {
+      stepping.now()
+      this.store.setNote('clock', stepping.note)
+    }
   }
 
   async call(method: 'GET' | 'POST' | 'PATCH' | 'DELETE' | 'PUT' | 'OPTIONS', url: string, body?: unknown, headers: Record<string, string> = {}): Promise<{ status: number; body: any; headers: Record<string, unknown> }> {
@@ -94,6 +102,12 @@ export class Bench {
     const answer = await this.call('POST', '/v1/sandboxes', { ...createBody, ...more })
     if (answer.status !== 202) throw new Error(`create answered ${answer.status} ${JSON.stringify(answer.body)}`)
     return answer.body.id
+  }
+
+  /** Does what the clock calls for, and waits until it is done: nothing here takes longer than a few turns of the event loop. */
+  async due(): Promise<void> {
+    this.groups.tick()
+    for (let turn = 0; turn < 20; turn++) await new Promise(setImmediate)
   }
 
   /** As if the process had been killed: the store's file is let go, what hangs keeps hanging. */

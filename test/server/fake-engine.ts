@@ -3,6 +3,7 @@ import { labels } from '#policies/wire.ts'
 import type { ContainerSpec } from '../../server/container-spec.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
 import type { Machine } from '../../server/machine.ts'
+import type { PullLine } from '../../server/pull-progress.ts'
 import { writeTar } from '../../server/tar.ts'
 
 type Kept = { spec: ContainerSpec; state: Found['state']; exitCode: number | null; address: string; startedAt: number }
@@ -13,6 +14,8 @@ export class FakeEngine {
   readonly images = new Set(['image:1', 'egress:1'])
   /** Image name → id, where they differ. */
   readonly imageIds = new Map<string, string>()
+  /** Tells the server how far its last pull is. */
+  pulling: (line: PullLine) => void = () => undefined
   /** In every image. */
   readonly files = new Map<string, string>()
   readonly written = new Map<string, Buffer>()
@@ -40,7 +43,7 @@ export class FakeEngine {
 
   list(wanted: readonly string[]): Promise<Found[]> {
     return this.#do('list', () => [...this.kept].filter(([, { spec }]) => wanted.every((label) => label.includes('=') ? spec.labels[label.split('=')[0] ?? ''] === label.slice(label.indexOf('=') + 1) : label in spec.labels))
-      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, startedAt: null, labels: spec.labels, image: spec.image, createdAt: 1000 })))
+      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, startedAt: null, labels: spec.labels, image: spec.image, createdAt: 1000, published: state === 'running' ? spec.publish : new Map() })))
   }
 
   async examine(wanted: readonly string[]): Promise<Found[]> {
@@ -111,7 +114,8 @@ export class FakeEngine {
     return this.#do('image', () => (this.images.has(reference) ? { id: this.imageIds.get(reference) ?? reference, os: 'linux', arch: 'amd64' } : null))
   }
 
-  pull(reference: string): Promise<void> {
+  pull(reference: string, _options: unknown, progress: (line: PullLine) => void): Promise<void> {
+    this.pulling = progress
     return this.#do(`pull ${reference}`, () => void this.images.add(reference))
   }
 

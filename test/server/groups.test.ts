@@ -7,6 +7,9 @@ import { EngineError } from '../../server/docker.ts'
 import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
+/** A create answers before anything is made. */
+const atOnce = gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0')
+
 t.test('a step that fails leaves nothing', async (t) => {
   const steps = ['create network', 'create egress', 'start egress', 'address', 'create main', 'start main']
   for (const step of steps) {
@@ -107,7 +110,7 @@ t.test('what the machine can never give is refused before anything is written or
 t.test('a start that never answers: the sandbox can be deleted, and expires', async (t) => {
   for (const role of ['egress', 'main']) {
     for (const how of ['deleted', 'expired', 'the server ends'] as const) {
-      await using bench = new Bench({ toml: gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0') })
+      await using bench = new Bench({ toml: atOnce })
       const hung = Promise.withResolvers<void>()
       bench.engine.before = (call) => {
         if (call !== `start ${role}`) return undefined
@@ -172,7 +175,7 @@ t.test('killed between any two steps', async (t) => {
 })
 
 t.test('a promised sandbox that fails stays visible with its cause', async (t) => {
-  await using bench = new Bench({ toml: gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0') })
+  await using bench = new Bench({ toml: atOnce })
   const gate = Promise.withResolvers<void>()
   bench.engine.before = async (call) => { if (call === 'start main') { await gate.promise; throw new EngineError('boom', 500) } }
   const answer = await bench.call('POST', '/sandboxes', createBody)
@@ -273,13 +276,68 @@ t.test('expiry', async (t) => {
   t.equal(bench.engine.kept.size, 1)
 })
 
-t.test('a pull is shared', async (t) => {
-  await using bench = new Bench()
-  const asked = Promise.withResolvers<void>()
+t.test('a pull is shared, holds nobody else up, and everybody who waits for it hears how far it is', async (t) => {
+  await using bench = new Bench({ toml: atOnce })
+  const [begun, over] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()]
   bench.engine.before = (call) => {
-    if (bench.engine.calls.filter((each) => each === 'image').length === 3) asked.resolve()
-    return call.startsWith('pull') ? asked.promise : undefined
+    if (!call.startsWith('pull')) return undefined
+    begun.resolve()
+    return over.promise
   }
-  await Promise.all([1, 2, 3].map(() => bench.create({ image: { uri: 'far/away' } })))
+  const pending = async (): Promise<string> => (await bench.call('POST', '/sandboxes', { ...createBody, image: { uri: 'far/away' } })).body.id
+  const says = async (id: string): Promise<string> => (await bench.call('GET', `/sandboxes/${id}`)).body.status.message
+  const first = await pending()
+  await begun.promise
+  t.equal(await says(first), 'Pulling image far/away: asking the registry.')
+  bench.engine.pulling({ id: 'a', status: 'Downloading', progressDetail: { current: 3_000_000, total: 9_000_000 } })
+  t.equal(await says(first), 'Pulling image far/away: 0 of 1 layers are here, 3 of 9 MB.')
+  const others = [await pending(), await pending()]
+  await bench.due()
+  for (const other of others) t.equal(await says(other), await says(first), 'one that came later is as far')
+
+  const [waiting] = await Promise.all([bench.create(), bench.create(policyBody)])
+  await bench.due()
+  t.equal((await bench.call('GET', `/sandboxes/${waiting}`)).body.status.state, 'Running', 'a create that needs no pull is not held up')
+  t.equal((await bench.call('GET', '/health')).status, 200)
+  t.equal((await bench.call('DELETE', `/sandboxes/${others[1]}`)).status, 204, 'one that waits can be deleted')
+
+  over.resolve()
+  await bench.due()
+  for (const id of [first, others[0]!]) t.equal((await bench.call('GET', `/sandboxes/${id}`)).body.status.state, 'Running')
   t.equal(bench.engine.calls.filter((call) => call === 'pull far/away:latest').length, 1)
+})
+
+t.test('a failed sandbox keeps its cause for PENDING_FAILURE_TTL, but no longer than it would have lived', async (t) => {
+  const cases: [why: string, timeout: number, kept: number][] = [['kept as long as configured', 600, 300], ['it would have ended before', 120, 120]]
+  for (const [why, timeout, kept] of cases) {
+    await using bench = new Bench({ toml: atOnce, env: { PENDING_FAILURE_TTL: '300' } })
+    const gate = Promise.withResolvers<void>()
+    bench.engine.before = async (call) => { if (call === 'start main') { await gate.promise; throw new EngineError('boom', 500) } }
+    const id = await bench.create({ timeout })
+    gate.resolve()
+    await bench.due()
+    bench.clock.now += kept * 1000 - 1
+    await bench.due()
+    t.match((await bench.call('GET', `/sandboxes/${id}`)).body.status, { state: 'Failed', reason: 'DOCKER::SANDBOX_START_FAILED', message: 'The sandbox could not be started.' }, why)
+    bench.clock.now += 1
+    await bench.due()
+    t.equal((await bench.call('GET', `/sandboxes/${id}`)).status, 404, why)
+    t.same(bench.store.all(), [], why)
+  }
+})
+
+t.test('the store was lost, in direct mode: every published port is known again', async (t) => {
+  const toml = '[server]\nhost = "127.0.0.1"\napi_key = "k1"\n[runtime]\nexecd_image = "execd:1"\n[egress]\nimage = "egress:1"\ndns_upstreams = ["198.51.100.53"]\n'
+  const engine = new FakeEngine()
+  engine.images.add('execd:1')
+  for (const file of ['/execd', '/bootstrap.sh']) engine.files.set(file, 'x')
+  const lost = new Bench({ toml, engine })
+  const id = await lost.create(policyBody)
+  const endpoints = async (bench: Bench): Promise<unknown[]> => Promise.all([8080, 44772, 18080].map(async (port) => (await bench.call('GET', `/sandboxes/${id}/endpoints/${port}`)).body))
+  const before = await endpoints(lost)
+  t.match(before[2], { endpoint: /^127\.0\.0\.1:\d+$/, headers: { 'OPENSANDBOX-EGRESS-AUTH': /./ } })
+  lost.abandon()
+  await using bench = new Bench({ toml, engine })
+  await bench.groups.sweep(true)
+  t.same(await endpoints(bench), before)
 })
