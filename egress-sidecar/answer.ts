@@ -76,7 +76,8 @@ async function settle(query: Buffer, question: Question, transport: Transport, {
     message ??= await resolver.ask(query, question.end, transport)
     if (message === null) return refuse(query, question, rcodes.servFail, 'no-upstream', verdict)
     const found = readAnswer(message, question)
-    if (found === null) return refuse(query, question, rcodes.servFail, 'bad-answer', verdict)
+    if (found === null || contradicts(found)) return refuse(query, question, rcodes.servFail, 'bad-answer', verdict)
+    if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return refuse(query, question, rcodes.servFail, 'no-upstream', verdict)
     if (found.truncated) return { reply: truncatedReply(query, question.end), verdict, result: 'answered', addresses: [] }
 
     // 3. judge each address
@@ -106,6 +107,11 @@ async function settle(query: Buffer, question: Question, transport: Transport, {
 
 function refuse(query: Buffer, question: Question, rcode: number, result: Outcome['result'], verdict: Verdict): Settled {
   return { reply: emptyReply(query, question.end, rcode), verdict, result, addresses: [] }
+}
+
+/** A name that does not exist has no addresses: nothing of such an answer may be used. */
+function contradicts({ rcode, addresses }: Answer): boolean {
+  return rcode === rcodes.nxDomain && addresses.length > 0
 }
 
 /** The verdict of a rule (not of the default) that denies a name of the chain: its author did not mean "unless reached by an alias". */
