@@ -33,7 +33,7 @@ export const GatewayConfigSchema = Type.Object({
   trustedProxies: Type.Array(Type.String(), { default: [], description: 'networks whose X-Forwarded headers are believed, comma-separated' }),
   preserveHost: Type.Boolean({ default: false, description: "send the client's Host to the sandbox" }),
   workers: Type.Integer({ minimum: 1, maximum: 256, default: 1, description: 'processes that share the port' }),
-  adminPort: Type.Integer({ minimum: -1, maximum: 65_535, default: -1, description: 'port for /metrics; -1: none' }),
+  adminPort: Type.Integer({ minimum: -1, maximum: 65_535, default: -1, description: 'port for /metrics and /readyz; -1: none' }),
   adminHost: text('127.0.0.1', 'its address'),
   accessLog: text('stdout', '`stdout`, `stderr`, `off` or a file'),
   logLevel: text('info', 'debug, info, warn, error or fatal; anything else is info'),
@@ -178,7 +178,7 @@ function readFile(path: string | undefined, problems: Problem[]): Record<string,
 }
 
 /** What no single value can be blamed for, and what a schema cannot say. Asked of the options that fit, so that no problem hides another. */
-function contradictions({ provider, routes, serverUrl = 'http://unknown', serverToken, trustedProxies = [], secureAccessKeys = '', secureAccessKeysFile = '', host = '', adminHost = '', baseDomain = '', workers = 1, port, adminPort = -1 }: Partial<GatewayConfig>): Problem[] {
+function contradictions({ provider, routes, serverUrl = 'http://unknown', serverToken, trustedProxies = [], secureAccessKeys = '', secureAccessKeysFile = '', host = '', adminHost = '', baseDomain = '', workers = 1, port }: Partial<GatewayConfig>): Problem[] {
   const problems: Problem[] = []
   if (provider === 'static' && routes === '') problems.push({ path: '--routes', reason: 'is required with --provider static' })
   if (provider === 'server') {
@@ -193,7 +193,6 @@ function contradictions({ provider, routes, serverUrl = 'http://unknown', server
   const keys = parseAccessKeys(secureAccessKeys, '--secure-access-keys')
   if (!keys.ok) problems.push(...keys.problems)
   if (workers > 1 && port === 0) problems.push({ path: '--port', reason: 'must be given when there is more than one worker' })
-  if (workers > 1 && adminPort !== -1) problems.push({ path: '--admin-port', reason: 'belongs to one process: it cannot be used with more than one worker' })
   return problems
 }
 

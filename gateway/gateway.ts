@@ -41,6 +41,8 @@ export type Deps = {
 export type Gateway = {
   readonly table: RouteTable
   readonly metrics: Metrics
+  /** Why it should get no new requests; '' when it should. */
+  unready(): string
   /** Starts the provider, then opens the port. @returns the port */
   listen(): Promise<number>
   /** Stops taking requests, lets the running ones end until the drain deadline, then breaks off the rest. */
@@ -125,6 +127,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   return {
     table,
     metrics,
+    unready: () => (draining ? 'draining' : table.stale(performance.now()) ? 'routes are stale' : ''),
     async listen() {
       await provider.start()
       return listenOn(server, config)

@@ -1,13 +1,16 @@
 /** The gateway program: configuration, logger, signals, workers. Everything else is in `gateway.ts`. */
 import cluster from 'node:cluster'
-import { createServer, type Server } from 'node:http'
 import pino from 'pino'
 import { ConfigError } from '#policies/config.ts'
 import { openAccessLog } from './access-log.ts'
+import { openAdmin, type Overseen } from './admin.ts'
+import { claimPort } from './claim-port.ts'
 import { KeyRing } from './key-ring.ts'
 import { readGatewayConfig, type GatewayConfig, type ReadConfig } from './config.ts'
 import { connectionsThatFit, readLimits } from './descriptors.ts'
+import { Fleet, reportToParent } from './fleet.ts'
 import { createGateway, type Gateway } from './gateway.ts'
+import { metricsType } from './metrics.ts'
 import { postRenewals } from './providers/renewal-post.ts'
 import { ServerProvider } from './providers/server.ts'
 import { StaticProvider } from './providers/static.ts'
@@ -46,8 +49,24 @@ const log = pino({ level: levels.has(config.logLevel) ? config.logLevel : 'info'
 if (cluster.isPrimary) for (const warning of warnings) log.warn(warning)
 if (cluster.isPrimary && fits < wanted.maxConnections) log.warn({ maxConnections: fits, wanted: wanted.maxConnections }, 'the descriptor limit allows fewer connections: raise ulimit -n')
 
-if (config.workers > 1 && cluster.isPrimary) superviseWorkers(config.workers, config.drainTimeout, log)
+if (config.workers > 1 && cluster.isPrimary) await oversee(config)
 else await serve(config)
+
+/** The parent of workers: it answers the operator, and touches no request. */
+async function oversee({ port, host, workers, drainTimeout, adminPort, adminHost }: GatewayConfig): Promise<void> {
+  try {
+    const giveUpPort = await claimPort(port, host)
+    const fleet = new Fleet(workers)
+    if (adminPort !== -1) await openAdmin(fleet, adminPort, adminHost, onAdminError)
+    superviseWorkers({ count: workers, drainTimeout, log, fleet, onClosing: giveUpPort })
+  } catch (error) {
+    exitOnStart(error)
+  }
+}
+
+function onAdminError(error: unknown): void {
+  log.error({ err: error }, 'the admin listener failed to answer')
+}
 
 async function serve(config: GatewayConfig): Promise<void> {
   const ring = new KeyRing(config.secureAccessKeys, config.secureAccessKeysFile, (problem) => log.error({ problem }, 'access keys not reloaded'))
@@ -64,37 +83,19 @@ async function serve(config: GatewayConfig): Promise<void> {
           : new ServerProvider({ url: config.serverUrl, token: config.serverToken, random: Math.random, onState: (state) => log.info({ state }, 'route stream') }, table),
     })
     const port = await gateway.listen()
-    const admin = await openAdmin(gateway, config)
+    const { registry } = gateway.metrics
+    const overseen: Overseen = { contentType: metricsType, metrics: () => registry.metrics(), unready: async () => gateway.unready() }
+    if (cluster.isWorker) reportToParent(async () => ({ unready: gateway.unready(), counted: await registry.getMetricsAsJSON() }))
+    else if (config.adminPort !== -1) await openAdmin(overseen, config.adminPort, config.adminHost, onAdminError)
     log.info({ port, mode: config.mode, provider: config.provider, routes: gateway.table.size, pid: process.pid }, 'listening')
     reportListening()
-    closeOnSignal(gateway, admin, () => ring.close())
+    closeOnSignal(gateway, () => ring.close())
   } catch (error) {
     exitOnStart(error)
   }
 }
 
-/** Prometheus text for the operator, on a listener of its own. */
-async function openAdmin(gateway: Gateway, config: GatewayConfig): Promise<Server | null> {
-  if (config.adminPort === -1) return null
-  const { registry } = gateway.metrics
-  const server = createServer((request, response) => {
-    if (request.method !== 'GET' || request.url !== '/metrics') {
-      response.writeHead(404, { 'content-type': 'text/plain' }).end('not found\n')
-      return
-    }
-    registry.metrics().then(
-      (text) => response.writeHead(200, { 'content-type': registry.contentType }).end(text),
-      (error: unknown) => {
-        log.error({ err: error }, 'metrics failed')
-        response.writeHead(500).end()
-      },
-    )
-  })
-  await new Promise<void>((resolve, reject) => server.once('error', reject).listen(config.adminPort, config.adminHost, resolve))
-  return server
-}
-
-function closeOnSignal(gateway: Gateway, admin: Server | null, after: () => void): void {
+function closeOnSignal(gateway: Gateway, after: () => void): void {
   let closing = false
   const close = (signal: string): void => {
     // Twice means now.
@@ -103,7 +104,6 @@ function closeOnSignal(gateway: Gateway, admin: Server | null, after: () => void
     log.info({ signal }, 'draining')
     gateway.close().then(
       () => {
-        admin?.close()
         log.info('closed')
         after()
         process.exit(0)

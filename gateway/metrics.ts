@@ -1,5 +1,5 @@
 /** Every number the gateway counts, in one place. No label ever holds a sandbox id. Names follow OSEP-0010 where it has one. */
-import { Counter, Gauge, Registry, type Metric } from 'prom-client'
+import { AggregatorRegistry, Counter, Gauge, Registry, type Metric } from 'prom-client'
 import type { FaultCode } from '#policies/fault.ts'
 import type { Visit } from './visit.ts'
 
@@ -27,8 +27,9 @@ export class Metrics {
         for (const [result, count] of Object.entries(this.#resolutions)) resolutions.inc({ result }, count)
       },
     })
-    const gauge = (name: string, help: string, read: () => number): Gauge => new Gauge({ name, help, registers, collect() { this.set(read()) } })
-    gauge('sallyport_gateway_routes', 'Sandboxes in the route table', gauges.routes)
+    const gauge = (name: string, help: string, read: () => number, aggregator: 'sum' | 'max' = 'sum'): Gauge => new Gauge({ name, help, registers, aggregator, collect() { this.set(read()) } })
+    // Every worker has all of them.
+    gauge('sallyport_gateway_routes', 'Sandboxes in the route table', gauges.routes, 'max')
     gauge('ingress_proxy_websocket_connections', 'Upgraded connections open now', gauges.tunnels)
     gauge('sallyport_gateway_client_connections', 'Client connections open now', gauges.connections)
     gauge('sallyport_gateway_requests_in_flight', 'Requests being relayed now', gauges.active)
@@ -92,6 +93,19 @@ export class Metrics {
     }
     return { name, get, reset: () => undefined } as unknown as Metric
   }
+}
+
+/** What one process counted, as data that can be sent to another. */
+export type Counted = Awaited<ReturnType<Registry['getMetricsAsJSON']>>
+export const metricsType = Registry.PROMETHEUS_CONTENT_TYPE
+
+export function addCounts(counts: Counted[]): Promise<Counted> {
+  return AggregatorRegistry.aggregate(counts).getMetricsAsJSON()
+}
+
+/** The sum as Prometheus text. */
+export function textOfCounts(counts: Counted[]): Promise<string> {
+  return AggregatorRegistry.aggregate(counts).metrics()
 }
 
 /** Upper bounds, seconds. */

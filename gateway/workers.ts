@@ -4,6 +4,7 @@
  */
 import cluster, { type Worker } from 'node:cluster'
 import type { Logger } from 'pino'
+import type { Fleet } from './fleet.ts'
 
 /** What a worker tells its parent once its port is open. */
 const listening = 'listening'
@@ -22,12 +23,23 @@ export function reportListening(): void {
   process.send?.(listening)
 }
 
+export type Supervision = {
+  readonly count: number
+  /** ms until workers that still run are killed at shutdown, and a little more. */
+  readonly drainTimeout: number
+  readonly log: Logger
+  /** Told who lives. */
+  readonly fleet: Fleet
+  /** Called when no worker will be started any more. */
+  readonly onClosing: () => void
+}
+
 /**
  * Keeps `count` workers running. The first one goes ahead: what keeps it from listening would keep them all, and is said once. Until
  * every worker has listened, a death ends the program with that worker's exit code; after that it is replaced, ever later while
  * replacements die young.
  */
-export function superviseWorkers(count: number, drainTimeout: number, log: Logger): void {
+export function superviseWorkers({ count, drainTimeout, log, fleet, onClosing }: Supervision): void {
   const born = new Map<number, number>()
   let closing = false
   let awaited = count
@@ -37,6 +49,7 @@ export function superviseWorkers(count: number, drainTimeout: number, log: Logge
     born.set(worker.id, performance.now())
     worker.once('message', (message: unknown) => {
       if (message !== listening || closing) return
+      fleet.join(worker)
       if (awaited === count) for (let i = 1; i < count; i++) fork()
       awaited--
     })
@@ -44,6 +57,7 @@ export function superviseWorkers(count: number, drainTimeout: number, log: Logge
   fork()
 
   cluster.on('exit', (worker: Worker, code: number | null, signal: string | null) => {
+    fleet.leave(worker)
     if (closing) {
       if (Object.keys(cluster.workers ?? {}).length === 0) process.exit(0)
       return
@@ -64,6 +78,8 @@ export function superviseWorkers(count: number, drainTimeout: number, log: Logge
   const close = (): void => {
     if (closing) process.exit(1)
     closing = true
+    fleet.closing = true
+    onClosing()
     for (const worker of Object.values(cluster.workers ?? {})) worker?.process.kill('SIGTERM')
     setTimeout(() => {
       for (const worker of Object.values(cluster.workers ?? {})) worker?.process.kill('SIGKILL')

@@ -21,7 +21,7 @@ const importers: Record<string, readonly string[]> = {
   undici: ['gateway/upstream.ts', 'egress-sidecar/webhook.ts', 'server/sidecar-client.ts'],
   'http-proxy-3': ['gateway/relay-upgrade.ts'],
   ws: ['deploy/docker/sandbox/app.ts'],
-  fastify: ['gateway/admin.ts', 'server/'],
+  fastify: ['server/'],
   dns2: ['egress-sidecar/'],
   execa: ['egress-sidecar/nft.ts', 'server/host-guard.ts', 'deploy/'],
   'lru-cache': ['gateway/', 'egress-sidecar/', 'server/rate-limit.ts'],
@@ -39,7 +39,7 @@ const importers: Record<string, readonly string[]> = {
 const nodeImporters: Record<string, readonly string[]> = {
   'node:child_process': ['deploy/setup.mjs', 'deploy/engine.mjs'],
   'node:sqlite': ['server/store.ts'],
-  'node:cluster': ['gateway/workers.ts', 'gateway/main.ts'],
+  'node:cluster': ['gateway/workers.ts', 'gateway/fleet.ts', 'gateway/main.ts'],
 }
 
 const files = sourceFiles(top, Object.keys(arrows))

@@ -7,7 +7,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
 import { parseAccessKeys, signShort } from '#policies/access.ts'
-import { ask, bodyOf, eventually, get, startHttp, startRaw, statusOf } from './support.ts'
+import { ask, bodyOf, eventually, get, RawClient, startHttp, startRaw, statusOf } from './support.ts'
 
 const main = new URL('../../gateway/main.ts', import.meta.url).pathname
 const folder = mkdtempSync(join(tmpdir(), 'gateway-program-'))
@@ -103,24 +103,59 @@ t.test('metrics on a listener of their own, access lines in a file', async (t) =
   const metrics = await fetch(`http://127.0.0.1:${adminPort}/metrics`)
   t.match(await metrics.text(), /ingress_http_request_count\{method="GET",status_code="404",proxy_type="http"\} 1/)
   t.equal((await fetch(`http://127.0.0.1:${adminPort}/`)).status, 404)
+  t.equal((await fetch(`http://127.0.0.1:${adminPort}/metrics`, { method: 'POST' })).status, 404)
+  t.equal(await (await fetch(`http://127.0.0.1:${adminPort}/readyz`)).text(), 'OK')
   program.child.kill('SIGTERM')
   t.equal(await program.code, 0)
   const { readFileSync } = await import('node:fs')
   t.match(readFileSync(log, 'utf8'), /"code":"EDGE_NO_ROUTE"/)
 })
 
-t.test('two workers share the port; one that dies is replaced', async (t) => {
-  const reserved = await startRaw(() => undefined)
-  const { port } = reserved
-  await reserved[Symbol.asyncDispose]()
-  await using program = start(`--port=${port}`, '--workers=2', '--provider=static', `--routes=${routesFile('none2.json', [])}`)
+t.test('two workers share the port, and are one gateway to who asks the admin listener', { timeout: 90_000 }, async (t) => {
+  let answer: () => void = () => undefined
+  await using upstream = await startHttp((_request, response) => {
+    response.write('begun ')
+    answer = () => void response.end('done')
+  })
+  const reserved = await Promise.all([startRaw(() => undefined), startRaw(() => undefined)])
+  const [port, adminPort] = reserved.map((server) => server.port) as [number, number]
+  for (const server of reserved) await server[Symbol.asyncDispose]()
+  await using program = start(`--port=${port}`, '--workers=2', `--admin-port=${adminPort}`, '--mode=uri', '--allow-loopback-upstreams', '--provider=static', `--routes=${routesFile('two.json', [{ id: 'a', host: '127.0.0.1' }])}`)
   const pids = (): number[] => program.output().split('\n').filter((line) => line.includes('"msg":"listening"')).map((line) => (JSON.parse(line) as { pid: number }).pid)
+  const ready = async (): Promise<string> => (await fetch(`http://127.0.0.1:${adminPort}/readyz`)).text()
+  const readyEventually = async (wanted: RegExp): Promise<void> => {
+    for (const until = Date.now() + 20_000; Date.now() < until; ) if (wanted.test(await ready())) return
+    throw new Error(`never ${wanted}: ${await ready()}`)
+  }
+  const counted = async (): Promise<string> => (await fetch(`http://127.0.0.1:${adminPort}/metrics`)).text()
+  const refused = async (): Promise<number> => Number(/^sallyport_gateway_refused_count\{code="EDGE_NO_ROUTE"\} (\d+)$/m.exec(await counted())?.[1])
+  const refuse = async (times: number): Promise<void> => {
+    for (let i = 0; i < times; i++) t.equal(statusOf(await ask(port, get('/nobody/80/'))), 404)
+  }
   await eventually(() => pids().length === 2, 'both', 15_000)
-  for (let i = 0; i < 20; i++) t.equal(statusOf(await ask(port, get('/status.ok'))), 200)
+  await readyEventually(/^OK$/)
+  await refuse(40)
+  t.equal(await refused(), 40, 'the kernel spread them, and they are counted together')
+  const text = await counted()
+  for (const line of ['sallyport_gateway_workers 2', 'sallyport_gateway_routes 1', 'ingress_http_request_duration_seconds_count{proxy_type="http"} 40', '# TYPE ingress_http_request_duration_seconds histogram']) t.ok(text.split('\n').includes(line), line)
+
+  process.kill(pids()[0] as number, 'SIGSTOP')
+  t.match(await ready(), /^1 of 2 workers ready/, 'one that does not answer is not waited for')
+  t.equal(await refused(), 40, 'and what it said last counts')
   process.kill(pids()[0] as number, 'SIGKILL')
   await eventually(() => pids().length === 3, 'a new worker', 15_000)
-  t.equal(statusOf(await ask(port, get('/status.ok'))), 200)
+  await readyEventually(/^OK$/)
+  t.equal(await refused(), 40, 'what the dead one counted stays')
+  await refuse(5)
+  t.equal(await refused(), 45)
+
+  const running = new RawClient(port).send(get(`/a/${upstream.port}/`))
+  await running.until((client) => client.received.includes('begun'))
   program.child.kill('SIGTERM')
+  await readyEventually(/^draining/)
+  answer()
+  t.match(await running.untilClosed(), 'done', 'what runs may end')
+  running.close()
   t.equal(await program.code, 0)
   t.equal(await ask(port, get('/status.ok')), '', 'nobody listens any more')
 })
