@@ -7,7 +7,8 @@ import { existsSync } from 'node:fs'
 import { mkdir, readdir, rename, rm } from 'node:fs/promises'
 import path from 'node:path'
 
-const cache = path.join(import.meta.dirname, '..', '.cache', 'bench')
+/** Where everything is kept that the next run can use again. */
+export const cache = path.join(import.meta.dirname, '..', '.cache', 'bench')
 const timeout = 240_000
 
 /** How to run a program: its path, and the environment that lets it find its libraries. */

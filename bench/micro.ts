@@ -3,22 +3,31 @@ import { formatTable } from './report.ts'
 import { median } from './rounds.ts'
 
 /** Each case does one operation a call and returns something of it, so that the work cannot be optimised away; a promise is waited for. */
-export type Micro = { readonly title: string; readonly cases: Readonly<Record<string, () => unknown>> }
-export type MicroResult = { readonly title: string; readonly nanoseconds: ReadonlyMap<string, number> }
+export type Micro = { readonly title: string; readonly cases: Readonly<Record<string, () => unknown>>; readonly goals?: readonly MicroGoal[] }
+/** One case costs at most `limit` times another, batch by batch. */
+export type MicroGoal = { readonly name: string; readonly against: string; readonly limit: number }
+export type MicroResult = { readonly title: string; readonly nanoseconds: ReadonlyMap<string, number>; readonly goals: readonly (MicroGoal & { readonly ratio: number })[] }
 
 const batches = 9
 const batchNanoseconds = 20_000_000
 
 /** Cases take turns, batch by batch, so that a slow moment hits all of them. */
-export async function runMicro({ title, cases }: Micro): Promise<MicroResult> {
+export async function runMicro({ title, cases, goals = [] }: Micro): Promise<MicroResult> {
   const entries: { name: string; work: () => unknown; calls: number; times: number[] }[] = []
   for (const [name, work] of Object.entries(cases)) entries.push({ name, work, calls: await callsFor(work), times: [] })
   for (let batch = 0; batch < batches; batch++) for (const { work, calls, times } of entries) times.push((await timeBatch(work, calls)) / calls)
-  return { title, nanoseconds: new Map(entries.map(({ name, times }) => [name, median(times)])) }
+  return judge(title, new Map(entries.map(({ name, times }) => [name, times])), goals)
 }
 
-export function formatMicro({ title, nanoseconds }: MicroResult): string {
-  return [`## ${title}`, '', formatTable([['', 'ns a call'], ...[...nanoseconds].map(([name, time]) => [name, time.toFixed(0)])]), ''].join('\n')
+/** @param times ns a call of each batch, by case */
+export function judge(title: string, times: ReadonlyMap<string, readonly number[]>, goals: readonly MicroGoal[]): MicroResult {
+  const ratioOf = ({ name, against }: MicroGoal): number => median(times.get(name)!.map((time, batch) => time / times.get(against)![batch]!))
+  return { title, nanoseconds: new Map([...times].map(([name, batches]) => [name, median(batches)])), goals: goals.map((goal) => ({ ...goal, ratio: ratioOf(goal) })) }
+}
+
+export function formatMicro({ title, nanoseconds, goals }: MicroResult): string {
+  const lines = goals.map(({ name, against, limit, ratio }) => `- ${ratio <= limit ? 'met' : 'MISSED'}: ${name}, at most ${limit}× ${against}: ${ratio.toFixed(2)}×`)
+  return [`## ${title}`, '', formatTable([['', 'ns a call'], ...[...nanoseconds].map(([name, time]) => [name, time.toFixed(0)])]), ...(lines.length > 0 ? ['', ...lines] : []), ''].join('\n')
 }
 
 /** Doubles the calls until a batch is long enough to be timed; warms the code up on the way. */

@@ -67,7 +67,17 @@ export function statTicks(stat: string): number {
   return [11, 12, 13, 14].reduce((sum, index) => sum + Number(fields[index]), 0)
 }
 
-function childrenOf(pid: number): number[] {
+/** Bytes of memory that a process, children not included, has to itself: no program text, no libraries. */
+export function ownMemory(pid: number): number {
+  return readMemory(readFileSync(`/proc/${pid}/status`, 'utf8'))
+}
+
+/** `RssAnon` of proc(5) status, in kB. */
+export function readMemory(status: string): number {
+  return Number(/^RssAnon:\s+(\d+) kB$/m.exec(status)?.[1] ?? NaN) * 1024
+}
+
+export function childrenOf(pid: number): number[] {
   return readdirSync(`/proc/${pid}/task`).flatMap((thread) => readFileSync(`/proc/${pid}/task/${thread}/children`, 'utf8').split(' ').filter((text) => text !== '').map(Number))
 }
 

@@ -1,20 +1,24 @@
 /** Results as text: one table for the terminal and for RESULTS.md. */
-import { goalMet, type Result } from './rounds.ts'
+import { goalFigure, goalMet, type Goal, type Result } from './rounds.ts'
 
-/** One load as a Markdown table, then its goals. A cell is `ratio× (median)`; the baseline's ratio is 1. */
-export function formatResult({ load, rounds, figures }: Result): string {
+/** One load as a Markdown table, then its notes and goals. A cell is `ratio× (median)`; the baseline's ratio is 1. */
+export function formatResult(result: Result): string {
+  const { load, rounds, figures } = result
   const header = ['', ...load.measures.map(({ label, unit }) => (unit === '' ? label : `${label} (${unit})`))]
   const rows = [...figures].map(([name, measures]) => [name, ...load.measures.map(({ key }) => {
     const figure = measures.get(key)
     return figure === undefined || Number.isNaN(figure.median) ? '' : `${figure.ratio.toFixed(2)}× (${formatNumber(figure.median)})`
   })])
-  const goals = load.goals.map((goal) => {
-    const figure = figures.get(goal.contender)?.get(goal.measure)
-    const label = load.measures.find(({ key }) => key === goal.measure)?.label ?? goal.measure
-    const span = figure === undefined ? '' : `, rounds ${figure.lowest.toFixed(2)}–${figure.highest.toFixed(2)}`
-    return `- ${goalMet(goal, { load, rounds, figures }) ? 'met' : 'MISSED'}: ${goal.contender}, ${label} ${goal.sense} ${goal.limit}× ${load.baseline}: ${figure?.ratio.toFixed(2) ?? 'no figure'}×${span}`
-  })
-  return [`### ${load.title}`, '', `Median of ${rounds} rounds, ratio to ${load.baseline} within each round.`, '', formatTable([header, ...rows]), ...(goals.length > 0 ? ['', ...goals] : []), ''].join('\n')
+  const lines = [...(load.notes ?? []), ...load.goals.map((goal) => formatGoal(goal, result))].map((line) => `- ${line}`)
+  return [`### ${load.title}`, '', `Median of ${rounds} rounds, ratio to ${load.baseline} within each round.`, '', formatTable([header, ...rows]), ...(lines.length > 0 ? ['', ...lines] : []), ''].join('\n')
+}
+
+function formatGoal(goal: Goal, result: Result): string {
+  const measure = result.load.measures.find(({ key }) => key === goal.measure)
+  const { ratio, lowest, highest } = goalFigure(goal, result)
+  const [unit, digits, whom] = goal.against === null ? [` ${measure?.unit}`, 1, ''] : ['×', 2, ` ${goal.against ?? result.load.baseline}`]
+  const found = Number.isNaN(ratio) ? 'no figure' : `${ratio.toFixed(digits)}${unit}, rounds ${lowest.toFixed(digits)}–${highest.toFixed(digits)}`
+  return `${goalMet(goal, result) ? 'met' : 'MISSED'}: ${goal.contender}, ${measure?.label ?? goal.measure} ${goal.sense} ${goal.limit}${unit}${whom}: ${found}`
 }
 
 /** Rows of equal length, the first is the header; columns padded so that the text reads as a table, too. */

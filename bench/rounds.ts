@@ -13,12 +13,14 @@ export type Measure = {
   readonly unit: string
 }
 
-/** A promise about one measure of one contender, as a ratio to the baseline. */
+/** A promise about one measure of one contender. */
 export type Goal = {
   readonly contender: string
   readonly measure: string
+  /** Whom it is divided by, round by round: the baseline when absent; nobody when null, and the limit has the unit of the measure. */
+  readonly against?: string | null
   readonly limit: number
-  /** 'at most' the limit is met by a ratio below it. */
+  /** 'at most' the limit is met by a value below it. */
   readonly sense: 'at most' | 'at least'
 }
 
@@ -32,6 +34,8 @@ export type Load = {
   /** Runs one round of one contender. */
   readonly contenders: Readonly<Record<string, () => Promise<Sample>>>
   readonly goals: readonly Goal[]
+  /** What a reader must know to understand the numbers, a line each. */
+  readonly notes?: readonly string[]
 }
 
 /** Programs that stand ready to be measured. */
@@ -43,7 +47,8 @@ export type Effort = { readonly seconds: number; readonly rounds?: number }
 export type Target = { readonly title: string; start(effort: Effort, cleanups: Cleanups): Promise<Arena> }
 
 export type Figure = { readonly median: number; readonly ratio: number; readonly lowest: number; readonly highest: number }
-export type Result = { readonly load: Load; readonly rounds: number; readonly figures: ReadonlyMap<string, ReadonlyMap<string, Figure>> }
+export type Samples = ReadonlyMap<string, readonly Sample[]>
+export type Result = { readonly load: Load; readonly rounds: number; readonly samples: Samples; readonly figures: ReadonlyMap<string, ReadonlyMap<string, Figure>> }
 
 /** Runs all rounds of a load. The order of the contenders turns by one each round: nobody always runs first. */
 export async function runLoad(load: Load, rounds: number, report: (text: string) => void = () => {}): Promise<Result> {
@@ -56,16 +61,22 @@ export async function runLoad(load: Load, rounds: number, report: (text: string)
       samples.get(name)!.push(await load.contenders[name]!())
     }
   }
-  return { load, rounds, figures: summarise(load, samples) }
+  return { load, rounds, samples, figures: summarise(load, samples) }
 }
 
-export function summarise(load: Load, samples: ReadonlyMap<string, readonly Sample[]>): ReadonlyMap<string, ReadonlyMap<string, Figure>> {
-  const base = samples.get(load.baseline) ?? []
-  return new Map([...samples].map(([name, own]) => [name, new Map(load.measures.map(({ key }) => {
-    const values = own.map((sample) => sample[key] ?? NaN)
-    const ratios = values.map((value, round) => value / (base[round]?.[key] ?? NaN))
-    return [key, { median: median(values), ratio: median(ratios), lowest: Math.min(...ratios), highest: Math.max(...ratios) }]
-  }))]))
+export function summarise(load: Load, samples: Samples): Result['figures'] {
+  return new Map([...samples.keys()].map((name) => [name, new Map(load.measures.map(({ key }) => [key, figureOf(samples, name, key, load.baseline)]))]))
+}
+
+function figureOf(samples: Samples, contender: string, key: string, against: string | null): Figure {
+  const values = samples.get(contender)?.map((sample) => sample[key] ?? NaN) ?? [NaN]
+  const ratios = values.map((value, round) => (against === null ? value : value / (samples.get(against)?.[round]?.[key] ?? NaN)))
+  return { median: median(values), ratio: median(ratios), lowest: Math.min(...ratios), highest: Math.max(...ratios) }
+}
+
+/** What a goal is judged by: its ratio is the median itself where it is compared with nobody. */
+export function goalFigure({ contender, measure, against }: Goal, { load, samples }: Pick<Result, 'load' | 'samples'>): Figure {
+  return figureOf(samples, contender, measure, against === undefined ? load.baseline : against)
 }
 
 export function median(values: readonly number[]): number {
@@ -79,7 +90,7 @@ export function percentile(sorted: ArrayLike<number>, fraction: number): number 
   return sorted[Math.max(0, Math.ceil(sorted.length * fraction) - 1)] ?? NaN
 }
 
-export function goalMet(goal: Goal, result: Result): boolean {
-  const ratio = result.figures.get(goal.contender)?.get(goal.measure)?.ratio ?? NaN
+export function goalMet(goal: Goal, result: Pick<Result, 'load' | 'samples'>): boolean {
+  const { ratio } = goalFigure(goal, result)
   return goal.sense === 'at most' ? ratio <= goal.limit : ratio >= goal.limit
 }

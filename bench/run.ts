@@ -8,7 +8,9 @@ import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { egress } from './load/egress.ts'
 import { gateway } from './load/gateway.ts'
+import { routes } from './load/routes.ts'
 import { websocket } from './load/websocket.ts'
+import { workers } from './load/workers.ts'
 import { server } from './load/server.ts'
 import { serverAtOnce } from './load/server-at-once.ts'
 import { serverMany } from './load/server-many.ts'
@@ -19,7 +21,7 @@ import { runLoad, type Target } from './rounds.ts'
 
 type Options = { readonly seconds: number; readonly rounds: number | null }
 
-const targets: Readonly<Record<string, Target>> = { gateway, websocket, egress, server, 'server-at-once': serverAtOnce, 'server-many': serverMany }
+const targets: Readonly<Record<string, Target>> = { gateway, websocket, routes, workers, egress, server, 'server-at-once': serverAtOnce, 'server-many': serverMany }
 const defaults: Options = { seconds: 1, rounds: null }
 
 await main()

@@ -2,12 +2,10 @@
 import { mkdtemp, rename, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
-import type { Static } from 'typebox'
-import type { StaticRoutesSchema } from '#policies/static-routes.ts'
 import { headerNames } from '#policies/wire.ts'
 import { accepts, freePort, type Cleanups, type Program } from '../program.ts'
 
-export type StaticSandbox = Static<typeof StaticRoutesSchema>['sandboxes'][number]
+export type StaticSandbox = { readonly id: string; readonly host: string; readonly secureAccessToken?: string }
 
 /** A proxy that is ready, and what a request must carry to get through it. */
 export type Proxy = { readonly program: Program; readonly port: number; readonly headers: readonly string[] }

@@ -1,13 +1,13 @@
 /**
  * The upstream of the gateway bench: the least a keep-alive HTTP server can do, so that it is never what limits. `node http-backend.ts <port>`.
- * `/64k` answers 65,536 bytes, everything else five. Requests have no body; a head may come in pieces, and several may come at once.
+ * `/64k` answers 65,536 bytes, `/64m` 64 MiB, everything else five. Requests have no body; a head may come in pieces, and several may come at once.
  */
 import { createServer } from 'node:net'
 
 const small = answer(Buffer.from('hello'))
-const large = answer(Buffer.alloc(65_536, 'x'))
+/** By what stands before the first blank behind the method. */
+const byPath: ReadonlyMap<string, Buffer> = new Map([['/64k', answer(Buffer.alloc(64 * 1024, 'x'))], ['/64m', answer(Buffer.alloc(64 * 1024 * 1024, 'x'))]])
 const end = Buffer.from('\r\n\r\n')
-const largePath = Buffer.from('GET /64k ')
 
 createServer({ noDelay: true }, (socket) => {
   let rest: Buffer = Buffer.alloc(0)
@@ -15,7 +15,7 @@ createServer({ noDelay: true }, (socket) => {
   socket.on('data', (chunk: Buffer) => {
     rest = rest.length === 0 ? chunk : Buffer.concat([rest, chunk])
     for (let at = rest.indexOf(end); at !== -1; at = rest.indexOf(end)) {
-      socket.write(rest.subarray(0, largePath.length).equals(largePath) ? large : small)
+      socket.write(byPath.get(rest.toString('latin1', 4, rest.indexOf(' ', 4))) ?? small)
       rest = rest.subarray(at + end.length)
     }
   })

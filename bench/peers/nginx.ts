@@ -5,8 +5,8 @@ import path from 'node:path'
 import { findTool } from '../debian.ts'
 import { accepts, type Cleanups, type Program } from '../program.ts'
 
-/** Buffers hold a whole 64 KiB body: with the defaults part of it would go through a file. */
-const config = (port: number, backendPort: number, folder: string): string => `
+/** Buffers hold a whole 64 KiB body, and of larger ones nothing waits in a file: with the defaults part of both would. */
+const config = (port: number, backendPort: number, folder: string, buffers: string): string => `
 daemon off;
 worker_processes 1;
 error_log stderr error;
@@ -37,19 +37,21 @@ http {
       proxy_set_header X-Forwarded-Proto $scheme;
       proxy_set_header X-Request-Id $request_id;
       proxy_buffer_size 16k;
-      proxy_buffers 16 16k;
+      proxy_buffers ${buffers};
+      proxy_max_temp_file_size 0;
     }
   }
 }
 `
 
-export async function startNginx(port: number, backendPort: number, cleanups: Cleanups): Promise<Program> {
+/** @param buffers of one answer, number and size */
+export async function startNginx(port: number, backendPort: number, cleanups: Cleanups, buffers = '16 16k'): Promise<Program> {
   const nginx = await findTool('nginx', 'nginx')
   const folder = await mkdtemp(path.join(tmpdir(), 'sp-bench-nginx-'))
   cleanups.add(() => rm(folder, { recursive: true, force: true }))
   // The worker gives up root for nobody and writes there.
   await chown(folder, 65534, 65534).catch(() => {})
   const file = path.join(folder, 'nginx.conf')
-  await writeFile(file, config(port, backendPort, folder))
+  await writeFile(file, config(port, backendPort, folder, buffers))
   return cleanups.start(nginx.file, ['-p', folder, '-e', 'stderr', '-c', file], { env: nginx.env, ready: accepts(port) })
 }

@@ -19,7 +19,7 @@ createServer({ noDelay: true }, (socket) => {
     if (!open) {
       const end = rest.indexOf('\r\n\r\n')
       if (end === -1) return
-      shakeHands(socket, rest.latin1Slice(0, end))
+      shakeHands(socket, rest.toString('latin1', 0, end))
       rest = rest.subarray(end + 4)
       open = true
     }

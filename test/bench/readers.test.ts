@@ -2,10 +2,25 @@
 import t from 'tap'
 import { readDnsperf } from '../../bench/dns-load.ts'
 import { readH2load, readWrk } from '../../bench/http-load.ts'
-import { statTicks } from '../../bench/program.ts'
+import { readMemory, statTicks } from '../../bench/program.ts'
+import { HeadReader } from '../../bench/raw-socket.ts'
 
 t.test('processor time of a process whose name holds blanks and brackets', async (t) => {
   t.equal(statTicks('42 (a (b) c) S 1 42 42 0 -1 4194560 2600 300 1 2 70 30 5 6 20 0 11 0 900'), 111)
+})
+
+t.test('memory of a process: its own, not what it shares', async (t) => {
+  const status = 'Name:\tnode\nVmRSS:\t  73000 kB\nRssAnon:\t   21004 kB\nRssFile:\t   51996 kB\n'
+  t.equal(readMemory(status), 21_004 * 1024)
+  t.ok(Number.isNaN(readMemory('Name:\tkthreadd\n')), 'a process without memory of its own has no figure')
+})
+
+t.test('a head in pieces, and what comes right behind it', async (t) => {
+  const reader = new HeadReader()
+  const feed = (text: string) => reader.feed(Buffer.from(text))
+  t.equal(feed('HTTP/1.1 200 OK\r\nA: b\r'), null)
+  t.same(feed('\n\r\nbody'), { head: 'HTTP/1.1 200 OK\r\nA: b\r\n\r\n', length: 3 })
+  t.same(feed('HTTP/1.1 204 No\r\n\r\n'), { head: 'HTTP/1.1 204 No\r\n\r\n', length: 19 }, 'the next head begins anew')
 })
 
 t.test('wrk: the JSON line behind its own report', async (t) => {

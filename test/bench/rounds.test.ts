@@ -1,5 +1,6 @@
 /** Interleaving, medians and ratios of the bench, and how they are printed. */
 import t from 'tap'
+import { formatMicro, judge } from '../../bench/micro.ts'
 import { Cleanups } from '../../bench/program.ts'
 import { formatResult } from '../../bench/report.ts'
 import { goalMet, median, percentile, runLoad, type Load } from '../../bench/rounds.ts'
@@ -28,6 +29,35 @@ t.test('every contender runs once a round, the first one changes, ratios stay wi
   t.match(text, '| ours   | 1.50× (30.0) |')
   t.match(text, '- met: ours, CPU at most 2× theirs: 1.50×')
   t.match(text, '- MISSED: ours, CPU at most 1.4× theirs: 1.50×')
+})
+
+t.test('a goal against another contender than the baseline, and one in the unit of the measure', async (t) => {
+  const load: Load = {
+    ...slowingLoad([]), notes: ['a word about it'],
+    goals: [
+      { contender: 'theirs', measure: 'cpu', against: 'ours', sense: 'at most', limit: 0.7 },
+      { contender: 'ours', measure: 'cpu', against: null, sense: 'at most', limit: 30 },
+      { contender: 'ours', measure: 'cpu', against: null, sense: 'at most', limit: 29 },
+      { contender: 'ours', measure: 'cpu', against: 'nobody', sense: 'at most', limit: 1 },
+    ],
+  }
+  const result = await runLoad(load, 3)
+  t.same(load.goals.map((goal) => goalMet(goal, result)), [true, true, false, false])
+  const text = formatResult(result)
+  t.match(text, '- a word about it')
+  t.match(text, '- met: theirs, CPU at most 0.7× ours: 0.67×, rounds 0.67–0.67')
+  t.match(text, '- met: ours, CPU at most 30 µs: 30.0 µs, rounds 30.0–300.0')
+  t.match(text, '- MISSED: ours, CPU at most 29 µs: 30.0 µs')
+  t.match(text, '- MISSED: ours, CPU at most 1× nobody: no figure')
+})
+
+t.test('a goal of one function against another, batch by batch', async (t) => {
+  const times = new Map([['short', [10, 100, 10]], ['long', [30, 300, 20]]])
+  const result = judge('work', times, [{ name: 'long', against: 'short', limit: 1.5 }, { name: 'short', against: 'long', limit: 0.9 }])
+  t.same([...result.nanoseconds], [['short', 10], ['long', 30]])
+  const text = formatMicro(result)
+  t.match(text, '- MISSED: long, at most 1.5× short: 3.00×')
+  t.match(text, '- met: short, at most 0.9× long: 0.33×')
 })
 
 t.test('a figure that was not measured meets no goal', async (t) => {
