@@ -8,6 +8,7 @@ import { parse, TomlError } from 'smol-toml'
 import ipaddr from 'ipaddr.js'
 import Type, { type Static } from 'typebox'
 import { parseAccessKeys } from '#policies/access.ts'
+import { canonicalAddress, formatNetwork, readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import type { Problem } from '#policies/problem.ts'
 import { gatewayAddressProblem } from '#policies/route.ts'
@@ -40,7 +41,7 @@ const DockerSchema = Type.Object({
   bridge_name: Type.String({ pattern: '^[A-Za-z][A-Za-z0-9_-]{0,14}$', default: 'sallyport0', description: 'its bridge on the host' }),
   host_guard: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'keeps sandboxes off the host, its published ports and the floor by nftables' }),
   floor: Type.Array(Type.String(), { default: ['169.254.0.0/16', '100.100.100.200', '168.63.129.16', 'fd00:ec2::254'], description: 'addresses no sandbox reaches, with or without a policy: cloud metadata' }),
-  adopt: Type.Boolean({ default: false, description: 'taking over sandboxes of the original server is not available; true is refused' }),
+  adopt: Type.Boolean({ default: false, description: "takes over the original server's sandboxes, found by its labels: lists them, ends them on time" }),
   instance: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', description: 'whose objects these are; made once and kept in the store when absent' })),
   api_timeout: Type.Integer({ minimum: 1, default: 180, description: 'seconds a call to the Docker engine may take' }),
   drop_capabilities: Type.Array(Type.String(), {
@@ -93,6 +94,10 @@ export const ConfigSchema = Type.Object({
     enabled: Type.Boolean({ default: true, description: 'use through a gateway extends the life of sandboxes that asked for it' }),
     min_interval_seconds: Type.Integer({ minimum: 1, default: 60, description: 'a sandbox is not extended twice within this time' }),
   }, table),
+  secure_runtime: Type.Object({
+    type: Type.Union([Type.Literal(''), Type.Literal('gvisor'), Type.Literal('kata')], { default: '', description: 'sandboxes run under an OCI runtime with a kernel of their own, which the engine must have' }),
+    docker_runtime: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$', description: 'its name in the engine; default: runsc for gvisor, kata-runtime for kata' })),
+  }, table),
   store: Type.Object({
     type: Type.Literal('sqlite', { default: 'sqlite', description: 'the only one there is' }),
     path: Type.String({ minLength: 1, default: '~/.opensandbox/sallyport.db', description: 'database file; its folder is created' }),
@@ -105,6 +110,8 @@ export type Config = Checked & {
   readonly apiKey: string | null
   readonly routeToken: string | null
   readonly upstreams: readonly Upstream[]
+  /** OCI runtime of sandboxes; null: the engine's own choice. */
+  readonly secureRuntime: string | null
   /** PENDING_FAILURE_TTL: how long a sandbox that failed stays visible. */
   readonly failureTtlSeconds: number
 }
@@ -120,10 +127,11 @@ export function readConfig(path: string, env: Record<string, string | undefined>
   const config: Config = {
     ...checked,
     store: { ...checked.store, path: expandHome(checked.store.path) },
-    docker: { ...checked.docker, ...readSeccomp(checked, problems) },
+    docker: { ...checked.docker, floor: checked.docker.floor.map(canonicalNetwork), ...readSeccomp(checked, problems) },
     apiKey: readApiKey(checked, env, problems),
     routeToken: blankToNull(checked.ingress.route_token ?? readSecretFile('ingress.route_token_file', checked.ingress.route_token_file, problems)),
     upstreams: readUpstreams(checked, problems),
+    secureRuntime: readRuntime(checked.secure_runtime, problems),
     failureTtlSeconds: readFailureTtl(env.PENDING_FAILURE_TTL, problems),
   }
   problems.push(...crossCheck(config, mode), ...valueProblems(config, mode))
@@ -187,15 +195,26 @@ function readUpstreams(config: Checked, problems: Problem[]): Upstream[] {
   if (config.egress.dns_upstreams === undefined) return hostUpstreams()
   const upstreams: Upstream[] = []
   for (const [index, item] of config.egress.dns_upstreams.entries()) {
-    const match = /^(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?$/.exec(ipaddr.isValid(item) ? `[${item}]` : item)
-    const address = match?.[1] ?? match?.[2] ?? ''
+    const match = /^(?:\[([^\]]+)\]|([^:]+))(?::(\d{1,5}))?$/.exec(canonicalAddress(item) === null ? item : `[${item}]`)
+    const address = canonicalAddress(match?.[1] ?? match?.[2] ?? '')
     const port = Number(match?.[3] ?? 53)
-    const fits = ipaddr.isValid(address) && port >= 1 && port <= 65535
-    if (!fits) problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'must be an IP address, or an address and a port' })
-    else if (ipaddr.process(address).range() === 'loopback') problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'a loopback address means another machine inside a sandbox' })
-    else upstreams.push({ address: ipaddr.process(address).toString(), port })
+    if (address === null || port < 1 || port > 65535) problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'must be an IP address, or an address and a port' })
+    else if (['loopback', 'unspecified'].includes(ipaddr.parse(address).range())) problems.push({ path: `egress.dns_upstreams[${index}]`, reason: 'a loopback address means another machine inside a sandbox' })
+    else upstreams.push({ address, port })
   }
   return upstreams
+}
+
+/** As its rules take it; what is wrong stays as it is, and is reported. */
+function canonicalNetwork(text: string): string {
+  const network = readNetwork(text)
+  return network === null ? text : formatNetwork(network)
+}
+
+function readRuntime({ type, docker_runtime }: Checked['secure_runtime'], problems: Problem[]): string | null {
+  if (type === '' && docker_runtime !== undefined) problems.push({ path: 'secure_runtime.docker_runtime', reason: 'only goes with secure_runtime.type' })
+  if (type === '') return null
+  return docker_runtime ?? (type === 'gvisor' ? 'runsc' : 'kata-runtime')
 }
 
 /** The Engine API wants the profile itself, not a path (a path is only understood by the docker command). */
@@ -226,9 +245,8 @@ function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Pro
   if (docker.network_mode.toLowerCase() === 'host' || docker.network_mode === 'none' || docker.network_mode.startsWith('container:')) {
     problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
   }
-  if (docker.adopt) problems.push({ path: 'docker.adopt', reason: 'taking over sandboxes of the original server is not available' })
   for (const [index, item] of docker.floor.entries()) {
-    if (!ipaddr.isValid(item) && !ipaddr.isValidCIDR(item)) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
+    if (readNetwork(item) === null) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
   }
   return problems
 }

@@ -33,6 +33,8 @@ export type ContainerSpec = {
   /** The image cannot be written; `/run` and `/tmp` are small, in memory. */
   readonly readOnly: boolean
   readonly platform: Platform | null
+  /** OCI runtime; null: the engine's own choice. */
+  readonly runtime: string | null
   /** Private: a cgroup namespace of its own. Host: it sees its real path, which the sidecar's exemption needs. */
   readonly cgroupns: 'private' | 'host'
 }
@@ -69,6 +71,7 @@ export function mainSpec(config: Config, instance: string, network: string, reco
     pids: docker.pids_limit,
     readOnly: false,
     platform: record.platform,
+    runtime: config.secureRuntime,
     cgroupns: 'private',
   }
 }

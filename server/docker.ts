@@ -2,13 +2,15 @@
 import { setTimeout as delay } from 'node:timers/promises'
 import Dockerode from 'dockerode'
 import type { ContainerSpec } from './container-spec.ts'
-import type { ContainerState, Fact } from './group.ts'
+import { memberOf, type ContainerState, type Fact } from './group.ts'
 import { archOf, type Machine } from './machine.ts'
 import type { PullLine } from './pull-progress.ts'
-import { labels } from '#policies/wire.ts'
 
-/** A container with all that a sweep needs to know. `published`: container port → host port, while it runs. */
-export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly createdAt: number; readonly published: ReadonlyMap<number, number> }
+/**
+ * A container with all that a sweep needs to know. `published`: container port → host port, while it runs. `command`: empty in a list,
+ * which does not tell.
+ */
+export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly command: readonly string[]; readonly createdAt: number; readonly published: ReadonlyMap<number, number> }
 export type NetworkFact = { readonly id: string; readonly name: string; readonly driver: string; readonly bridge: string; readonly subnets: readonly string[]; readonly labels: Readonly<Record<string, string>> }
 export type EngineEvent = { readonly kind: 'container' | 'network'; readonly action: string; readonly labels: Readonly<Record<string, string>>; readonly name: string }
 
@@ -50,8 +52,8 @@ export class Docker {
 
   async machine(): Promise<Machine> {
     return call(async () => {
-      const { OSType, Architecture, NCPU } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number }
-      return { os: OSType, arch: archOf(Architecture), cpus: NCPU }
+      const { OSType, Architecture, NCPU, Runtimes } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number; Runtimes: object }
+      return { os: OSType, arch: archOf(Architecture), cpus: NCPU, runtimes: Object.keys(Runtimes) }
     })
   }
 
@@ -72,10 +74,10 @@ export class Docker {
 
   async #inspect(found: Found): Promise<Found | null> {
     try {
-      const { State, NetworkSettings } = await call(() => this.#docker.getContainer(found.containerId).inspect())
+      const { State, NetworkSettings, Config } = await call(() => this.#docker.getContainer(found.containerId).inspect())
       const state = State.Status as ContainerState
       const ended = state === 'exited' || state === 'dead'
-      return { ...found, state, exitCode: ended ? State.ExitCode : null, startedAt: Date.parse(State.StartedAt), address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
+      return { ...found, state, command: Config.Cmd ?? [], exitCode: ended ? State.ExitCode : null, startedAt: Date.parse(State.StartedAt), address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
     } catch (error) {
       if ((error as EngineError).status === 404) return null
       throw error
@@ -249,13 +251,14 @@ function toEvent(raw: { Type: string; Action: string; Actor?: { Attributes?: Rec
 function toFound(info: Dockerode.ContainerInfo): Found {
   return {
     containerId: info.Id,
-    member: info.Labels[labels.role] ?? 'main',
+    member: memberOf(info.Labels),
     state: info.State as ContainerState,
     exitCode: exitCodeOf(info.Status),
     address: Object.values(info.NetworkSettings?.Networks ?? {})[0]?.IPAddress ?? '',
     startedAt: null,
     labels: info.Labels,
     image: info.Image,
+    command: [],
     createdAt: info.Created * 1000,
     published: new Map((info.Ports ?? []).flatMap(({ PrivatePort, PublicPort }) => (PublicPort === undefined ? [] : [[PrivatePort, PublicPort]]))),
   }
@@ -298,6 +301,7 @@ function toBody(spec: ContainerSpec): Dockerode.ContainerCreateOptions {
       ReadonlyRootfs: spec.readOnly,
       ...(spec.readOnly ? { Tmpfs: { '/run': 'rw,nosuid,nodev,noexec,size=4m', '/tmp': 'rw,nosuid,nodev,noexec,size=16m' } } : {}),
       PidsLimit: spec.pids,
+      ...(spec.runtime === null ? {} : { Runtime: spec.runtime }),
       LogConfig: containerLog,
       ...(spec.memory > 0 ? { Memory: spec.memory } : {}),
       ...(spec.nanoCpus > 0 ? { NanoCpus: spec.nanoCpus } : {}),

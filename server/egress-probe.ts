@@ -111,7 +111,7 @@ export class EgressProbe {
       env: [], entrypoint: ['node'], cmd: ['-e', probeScript(address)],
       network: { join: sidecar }, publish: new Map(), publishAddress: '', dns: [], sysctls: {},
       capAdd: [], capDrop: [...new Set([...docker.drop_capabilities, 'NET_ADMIN', 'NET_RAW'])], securityOpt: securityOptions(docker), cgroupns: 'private',
-      memory: egress.memory_bytes, nanoCpus: 0, pids: egress.pids_limit, gpus: 0, readOnly: true, platform: null,
+      memory: egress.memory_bytes, nanoCpus: 0, pids: egress.pids_limit, gpus: 0, readOnly: true, platform: null, runtime: null,
     }
   }
 }

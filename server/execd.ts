@@ -113,7 +113,7 @@ function stagingSpec(instance: string, image: string): ContainerSpec {
     labels: { [labels.instance]: instance, [labels.role]: 'staging' },
     env: [], entrypoint: null, cmd: ['tail', '-f', '/dev/null'], network: { name: 'none' },
     capAdd: [], capDrop: ['ALL'], securityOpt: ['no-new-privileges:true'], sysctls: {}, publish: new Map(), publishAddress: '', dns: [],
-    memory: 0, nanoCpus: 0, pids: 16, gpus: 0, readOnly: true, platform: null, cgroupns: 'private',
+    memory: 0, nanoCpus: 0, pids: 16, gpus: 0, readOnly: true, platform: null, runtime: null, cgroupns: 'private',
   }
 }
 

@@ -1,6 +1,5 @@
 /** What is done with a sandbox in its turn: made, looked at, brought to an end. Every order of steps comes from `plan.ts`. */
 import { formatProblems } from '#policies/problem.ts'
-import { labels } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 import { carryOut, type Containers, type Workshop } from './carry-out.ts'
 import type { Config } from './config.ts'
@@ -10,7 +9,7 @@ import { readRefusal } from './engine-words.ts'
 import { membersOf, type Fact, type HostPorts as Ports } from './group.ts'
 import type { Entry, GroupTable } from './group-table.ts'
 import type { HostPorts } from './host-ports.ts'
-import { groupHash } from './ids.ts'
+import type { Ownership } from './ownership.ts'
 import { plan, type Step, type Want } from './plan.ts'
 
 export type WorkDeps = {
@@ -18,6 +17,7 @@ export type WorkDeps = {
   readonly instance: string
   readonly table: GroupTable
   readonly engine: Containers
+  readonly ownership: Ownership
   readonly workshop: Workshop
   readonly ports: HostPorts
   readonly now: () => number
@@ -78,11 +78,6 @@ export class GroupWork {
     await this.#run(entry, plan(want, membersOf(entry.group.record), entry.group.facts), null)
   }
 
-  /** The containers of a sandbox as they are now. */
-  containers(id: string): Promise<Found[]> {
-    return this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
-  }
-
   /** In direct mode somebody else may take a host port between our check and Docker's: then with other ports, from the start. */
   async #build(entry: Entry, request: CreateRequest): Promise<void> {
     for (let attempt = 1; ; attempt++) {
@@ -111,7 +106,8 @@ export class GroupWork {
   }
 
   async #read(entry: Entry): Promise<void> {
-    const found = await this.containers(entry.group.record.id)
+    const { id, adopted } = entry.group.record
+    const found = await this.#deps.ownership.of(id, adopted)
     if (sameFacts(entry.group.facts, found)) {
       // What no reader sees may be news all the same: when they started.
       entry.group = { ...entry.group, facts: found.map(toFact) }

@@ -5,6 +5,7 @@
  * Here are the shapes; `plan.ts` decides what to do, `carry-out.ts` does it.
  */
 import type { NetworkPolicy } from '#policies/document.ts'
+import { labels } from '#policies/wire.ts'
 
 /** What a group is made of, in the order in which it is made. Names are unique within the group. */
 export type Member = { readonly name: string; readonly gate: boolean }
@@ -54,6 +55,8 @@ export type SandboxRecord = {
   /** Tokens minted for a lower one are revoked; absent in records of older versions: 0. */
   readonly accessEpoch?: number
   readonly hostPorts: HostPorts
+  /** Containers taken over from the original server; absent when we made them. */
+  readonly adopted?: readonly string[]
   readonly renewExtendSeconds: number | null
 }
 
@@ -68,6 +71,11 @@ export type Group = {
 /** Container name of the only member an OpenSandbox sandbox always has. */
 export const mainMember = 'main'
 export const egressMember = 'egress'
+
+/** Which member a container is, by its labels; those of the original name none. */
+export function memberOf(own: Readonly<Record<string, string>>): string {
+  return own[labels.role] ?? (labels.egressSidecarFor in own ? egressMember : mainMember)
+}
 
 /** The members of a sandbox, owner of the namespace first. */
 export function membersOf(record: { readonly egress: unknown }): Member[] {

@@ -1,5 +1,4 @@
 /** The sandboxes of this server: what clients, the clock and the engine's events want done with them. */
-import { labels } from '#policies/wire.ts'
 import { ApiError } from './api-error.ts'
 import type { CreateRequest } from './create-request.ts'
 import type { Found } from './docker.ts'
@@ -8,21 +7,30 @@ import { deadlineOf, GroupTable, type Entry, type TableDeps } from './group-tabl
 import { GroupWork, sameFacts, stepsFor, toFact, type WorkDeps } from './group-work.ts'
 import { newSandboxId, newToken } from './ids.ts'
 import { patchMetadata } from './metadata.ts'
+import { isUnlabelled, Ownership } from './ownership.ts'
 import { recordFromLabels } from './recover.ts'
 import { statusOf } from './sandbox-view.ts'
 
-export type GroupsDeps = Omit<TableDeps, 'expire'> & Omit<WorkDeps, 'table'>
+export type GroupsDeps = Omit<TableDeps, 'expire'> & Omit<WorkDeps, 'table' | 'ownership'> & {
+  /** What the original server remembers of a sandbox that is taken over; null: nothing. */
+  readonly oldMetadata: (id: string) => Readonly<Record<string, string>> | null
+}
+
+/** Sandboxes looked at together in a sweep: hundreds at once would cost the engine and our memory more than they gain. */
+const sweepLanes = 16
 
 export class Groups {
   readonly #deps: GroupsDeps
   readonly #table: GroupTable
   readonly #work: GroupWork
+  readonly #ownership: Ownership
   #closed = false
 
   constructor(deps: GroupsDeps) {
     this.#deps = deps
     this.#table = new GroupTable({ ...deps, expire: (id) => this.#expire(id) })
-    this.#work = new GroupWork({ ...deps, table: this.#table })
+    this.#ownership = new Ownership(deps.engine, { instance: deps.instance, adopt: deps.config.docker.adopt })
+    this.#work = new GroupWork({ ...deps, table: this.#table, ownership: this.#ownership })
   }
 
   /** @throws ApiError when there is no such sandbox */
@@ -156,20 +164,19 @@ export class Groups {
    * was started again
    */
   async sweep(missed: boolean): Promise<void> {
-    const found = new Map<string, Found[]>()
-    for (const container of await this.#deps.engine.list([`${labels.instance}=${this.#deps.instance}`])) {
-      const id = container.labels[labels.id] ?? container.labels[labels.egressSidecarFor] ?? ''
-      found.set(id, [...(found.get(id) ?? []), container])
-    }
-    const work: Promise<unknown>[] = []
-    for (const [id, containers] of found) if (this.#table.find(id) === undefined) work.push(this.#recover(id, containers))
+    const found = await this.#ownership.all(this.#table.all().map(({ group }) => group.record))
+    const work: (() => Promise<unknown>)[] = []
+    for (const [id, containers] of found) if (this.#table.find(id) === undefined) work.push(() => this.#recover(id, containers))
     for (const entry of this.#table.all()) {
       if (entry.busy > 0) continue
       const { record, facts } = entry.group
       const news = record.phase === 'creating' || (missed && record.phase === 'ready' && record.egress !== null) || !sameFacts(facts, found.get(record.id) ?? []) || stepsFor(entry).length > 0
-      if (news) work.push(this.#table.exclusive(entry, () => this.#work.look(entry)))
+      if (news) work.push(() => this.#table.exclusive(entry, () => this.#work.look(entry)))
     }
-    for (const outcome of await Promise.allSettled(work)) if (outcome.status === 'rejected') this.#deps.report('sweep-failed', '', { error: String(outcome.reason) })
+    const lane = async (): Promise<void> => {
+      for (let next = work.pop(); next !== undefined; next = work.pop()) await next().catch((error: unknown) => this.#deps.report('sweep-failed', '', { error: String(error) }))
+    }
+    await Promise.all(Array.from({ length: sweepLanes }, lane))
   }
 
   /** No create is accepted any more; those under way may finish within `grace` ms, then are undone. Sandboxes keep running. */
@@ -198,17 +205,24 @@ export class Groups {
     }
   }
 
-  /** Containers of ours without a record: the store was lost or replaced. `seen` may be stale, so they are looked up again. */
+  /**
+   * Containers without a record: the store was lost or replaced, or they are the original's and are taken over. `seen` may be stale, so
+   * they are looked up again.
+   */
   async #recover(id: string, seen: readonly Found[]): Promise<void> {
-    const found = id === '' ? seen : await this.#work.containers(id)
+    const taken = id !== '' && seen.every(isUnlabelled) ? seen.map(({ containerId }) => containerId) : undefined
+    const found = id === '' ? seen : await this.#ownership.of(id, taken)
     if (this.#table.find(id) !== undefined || found.length === 0) return
-    const record = recordFromLabels(id, found, this.#deps.now())
-    if (record !== null) {
+    const read = recordFromLabels(id, found, this.#deps.now())
+    if (read !== null) {
+      const record = taken === undefined ? read : { ...read, adopted: taken, metadata: this.#deps.oldMetadata(id) ?? read.metadata }
       this.#deps.store.put(record)
       this.#table.add({ record, facts: found.map(toFact), progress: null })
-      this.#deps.report('recovered', id, {})
+      this.#deps.report(taken === undefined ? 'recovered' : 'adopted', id, {})
       return this.touch(id)
     }
+    // Somebody may just be making it, and it was never ours.
+    if (taken !== undefined) return
     for (const container of found) await this.#deps.engine.remove(container.containerId)
     this.#deps.report('orphan-removed', id, {})
   }

@@ -1,6 +1,7 @@
 /** The lifecycle server: reads its configuration, wires the parts, serves until it is told to stop. */
 import { parseArgs } from 'node:util'
 import { homedir } from 'node:os'
+import { setTimeout as delay } from 'node:timers/promises'
 import { pino } from 'pino'
 import { ConfigError } from '#policies/config.ts'
 import { createWorkshop } from './carry-out.ts'
@@ -15,6 +16,7 @@ import { HostPorts } from './host-ports.ts'
 import { newInstance } from './ids.ts'
 import { Images } from './images.ts'
 import { SandboxNetwork } from './network.ts'
+import { readOldMetadata } from './ownership.ts'
 import { RouteStream } from './route-stream.ts'
 import { toRoute } from './sandbox-view.ts'
 import { createServer } from './server.ts'
@@ -46,6 +48,7 @@ const probe = config.egress.probe === 'off' ? null : new EgressProbe(config, {
 })
 let guardFault = ''
 
+if (config.secureRuntime !== null) await requireRuntime(config.secureRuntime)
 await network.guard().catch((error: unknown) => {
   stopStart(exitNoRights, `the host guard cannot be set: ${guardText(error)}. Run as root with nftables installed, or set [docker] host_guard = "off" and accept that sandboxes reach this host`)
 })
@@ -54,6 +57,7 @@ const clock = new Clock(machineClocks, store.note('clock'), (milliseconds, note)
 const groups = new Groups({
   config, instance, store, engine, ports,
   workshop: createWorkshop(config, { machine: () => engine.machine(), images, network, confirm: sidecars.confirm, execd, probe }),
+  oldMetadata: (id) => readOldMetadata(homedir(), id),
   now: clock.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended|stepped/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),
@@ -94,6 +98,13 @@ if (guard === null) log.warn({ event: 'host-guard-off', detail: 'sandboxes reach
 if (config.apiKey === null) log.warn({ event: 'no-api-key', detail: 'anybody who reaches this port may run code here' })
 
 for (const signal of ['SIGTERM', 'SIGINT'] as const) process.once(signal, () => void stop(signal))
+
+/** An engine that does not answer now refuses such containers itself later. */
+async function requireRuntime(name: string): Promise<void> {
+  const machine = await Promise.race([engine.machine().catch(() => null), delay(5000, null, { ref: false })])
+  if (machine === null || machine.runtimes.includes(name)) return
+  stopStart(exitUsage, `secure_runtime: the Docker engine has no runtime "${name}"; it has ${machine.runtimes.join(', ')}`)
+}
 
 /** Sandboxes keep running; the network and the rules go only when nobody's sandbox needs them. */
 async function stop(signal: string): Promise<void> {

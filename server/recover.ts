@@ -26,7 +26,7 @@ export function recordFromLabels(id: string, found: readonly Found[], now: numbe
     createdAt: main.createdAt, changedAt: main.createdAt, keepUntil: null,
     // Manual cleanup wins: a label inherited from a snapshot's source must not kill.
     expiresAt: label[labels.manualCleanup] === 'true' || Number.isNaN(expiresAt) ? null : expiresAt,
-    image: main.image, entrypoint: [], metadata,
+    image: main.image, entrypoint: main.command, metadata,
     platform: label[labels.platformOs] === undefined ? null : { os: label[labels.platformOs] ?? '', arch: label[labels.platformArch] ?? '' },
     egress: token === undefined ? null : { token, policy: { defaultAction: 'deny', egress: [] } },
     secureAccessToken: label[labels.secureAccessToken] ?? null,

@@ -48,6 +48,7 @@ export function sidecarSpec(config: Config, instance: string, network: string, r
     gpus: 0,
     readOnly: true,
     platform: null,
+    runtime: null,
     cgroupns: 'host',
   }
 }

@@ -99,8 +99,10 @@ export class Watch {
       if (event.action === 'destroy' && event.name === this.#deps.network) this.#deps.networkGone()
       return
     }
-    if (event.labels[labels.instance] !== this.#deps.instance || !interesting.has(event.action)) return
+    const owner = event.labels[labels.instance]
+    // Nobody's may be one that was taken over: a look tells.
+    if ((owner !== undefined && owner !== this.#deps.instance) || !interesting.has(event.action)) return
     const id = event.labels[labels.id] ?? event.labels[labels.egressSidecarFor]
-    if (id !== undefined) this.#deps.touch(id, event.action === 'die' && event.labels[labels.role] === egressMember)
+    if (id !== undefined) this.#deps.touch(id, owner !== undefined && event.action === 'die' && event.labels[labels.role] === egressMember)
   }
 }

@@ -30,8 +30,12 @@ t.test('refused', async (t) => {
     ['a secret that is not base64', gatewayToml.replace('c2VjcmV0', '!!'), [/^ingress\.secure_access\.keys\[0\]: .*base64/]],
     ['host networking', `${key}[docker]\nnetwork_mode = "host"`, [/^docker\.network_mode: "host" gives a sandbox no network namespace/]],
     ['a resolver that is a name', `${key}[egress]\ndns_upstreams = ["dns.example", "127.0.0.53"]`, [/^egress\.dns_upstreams\[0\]/, /^egress\.dns_upstreams\[1\]: a loopback address/]],
-    ['what is not built is not promised', `${key}[docker]\nadopt = true`, [/^docker\.adopt: .*not available/]],
     ['a floor that is no network', `${key}[docker]\nfloor = ["metadata"]`, [/^docker\.floor\[0\]/]],
+    ['a floor in forms that some read as an address, each in its own way', `${key}[docker]\nfloor = ["10.1", "0x7f.1", "010.0.0.1", "10", "10.1/8", "10.0.0.0/33", "10.0.0.0/08", "fd00::%eth0"]`, Array.from({ length: 8 }, (_, n) => new RegExp(`^docker\\.floor\\[${n}\\]: must be an IP address or a CIDR network`))],
+    ['resolvers in such forms', `${key}[egress]\ndns_upstreams = ["10.1", "0x7f.1:53", "010.0.0.1", "[10.0.0.1]:0", "[::]", "0.0.0.0", "::ffff:127.0.0.1"]`, Array.from({ length: 7 }, (_, n) => new RegExp(`^egress\\.dns_upstreams\\[${n}\\]`))],
+    ['a runtime without its type', `${key}[secure_runtime]\ndocker_runtime = "runsc"`, [/^secure_runtime\.docker_runtime: only goes with/]],
+    ['a runtime that Docker cannot use', `${key}[secure_runtime]\ntype = "firecracker"`, [/^secure_runtime\.type: must be one of/]],
+    ['a runtime that is a path', `${key}[secure_runtime]\ntype = "kata"\ndocker_runtime = "../runc"`, [/^secure_runtime\.docker_runtime/]],
     ['a key file that is missing', '[server]\napi_key_file = "/no/such/file"', [/^server\.api_key_file: cannot be read: ENOENT/, /^server\.api_key/]],
     ['no TOML', '[server', [/is not TOML: line/]],
     ['a level nobody knows', `${key}[log]\nlevel = "LOUD"`, [/^log\.level: must be one of DEBUG, INFO/]],
@@ -88,6 +92,11 @@ t.test('accepted', async (t) => {
   const config = readToml('[server]\napi_key = "k"\n[egress]\ndns_upstreams = ["198.51.100.53", "198.51.100.54:5353", "2001:db8::53", "[2001:db8::54]:5353"]')
   t.same(config.upstreams, [{ address: '198.51.100.53', port: 53 }, { address: '198.51.100.54', port: 5353 }, { address: '2001:db8::53', port: 53 }, { address: '2001:db8::54', port: 5353 }])
   t.match(config, { egress: { mode: 'dns+nft', disable_ipv6: true }, docker: { host_guard: 'on', network_mode: 'bridge' }, server: { port: 8080, create_wait_seconds: 10 } }, 'safe defaults')
+  t.same(readToml('[server]\napi_key = "k"\n[docker]\nfloor = ["10.1.2.3/8", "::ffff:169.254.0.0/112", "FD00:EC2::254"]').docker.floor, ['10.0.0.0/8', '169.254.0.0/16', 'fd00:ec2::254'], 'the floor as the kernel is told it')
+  const runtimes: [toml: string, wanted: string | null][] = [
+    ['', null], ['type = ""', null], ['type = "gvisor"', 'runsc'], ['type = "kata"', 'kata-runtime'], ['type = "gvisor"\ndocker_runtime = "runsc-kvm"', 'runsc-kvm'], ['type = "kata"\nk8s_runtime_class = "kata"', 'kata-runtime'],
+  ]
+  for (const [toml, wanted] of runtimes) t.equal(readToml(`[server]\napi_key = "k"\n[secure_runtime]\n${toml}`).secureRuntime, wanted, toml)
   t.ok(Object.isFrozen(config))
 })
 

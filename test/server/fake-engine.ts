@@ -1,6 +1,7 @@
 /** An engine in memory: containers, networks, images. Calls can be made to fail, or never to return (a killed server). */
 import { labels } from '#policies/wire.ts'
 import type { ContainerSpec } from '../../server/container-spec.ts'
+import { memberOf } from '../../server/group.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
 import type { Machine } from '../../server/machine.ts'
 import type { PullLine } from '../../server/pull-progress.ts'
@@ -43,7 +44,7 @@ export class FakeEngine {
 
   list(wanted: readonly string[]): Promise<Found[]> {
     return this.#do('list', () => [...this.kept].filter(([, { spec }]) => wanted.every((label) => label.includes('=') ? spec.labels[label.split('=')[0] ?? ''] === label.slice(label.indexOf('=') + 1) : label in spec.labels))
-      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: spec.labels[labels.role] ?? '', state, exitCode, address, startedAt: null, labels: spec.labels, image: spec.image, createdAt: 1000, published: state === 'running' ? spec.publish : new Map() })))
+      .map(([containerId, { spec, state, exitCode, address }]) => ({ containerId, member: memberOf(spec.labels), state, exitCode, address, startedAt: null, labels: spec.labels, image: spec.image, command: spec.cmd ?? [], createdAt: 1000, published: state === 'running' ? spec.publish : new Map() })))
   }
 
   async examine(wanted: readonly string[]): Promise<Found[]> {
@@ -120,7 +121,7 @@ export class FakeEngine {
   }
 
   machine(): Promise<Machine> {
-    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2 }))
+    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2, runtimes: ['runc'] }))
   }
 
   ping(): Promise<{ version: string }> {
