@@ -14,7 +14,8 @@ import { decideName } from '#policies/decide.ts'
 import type { Rules } from '#policies/compile.ts'
 import type { AddressJudge } from './judge.ts'
 import type { Nft } from './nft.ts'
-import { forgetStatements, openStatements, policyStatements, type RulesetInput } from './ruleset.ts'
+import { chooseGivenUp, readLeases } from './full-table.ts'
+import { forgetStatements, learnedSets, openStatements, policyStatements, type RulesetInput } from './ruleset.ts'
 
 /** `stale`: the policy changed meanwhile, judge again. `failed`: the kernel did not confirm, the address must not be told. */
 export type Opened = 'open' | 'stale' | 'failed'
@@ -30,8 +31,9 @@ export type Firewall = {
   open(name: string, addresses: readonly string[], seconds: number, rules: Rules): Promise<Opened>
 }
 
-/** Addresses kept at a time; beyond that the one learned longest ago is shut. The kernel's sets hold more. */
+/** Addresses kept at a time; beyond that those that nobody uses are given up, down to the second number. The kernel's sets hold more. */
 const maxLearned = 32768
+const keptWhenFull = maxLearned - 4096
 /** Names remembered per address: it stays open while one of them is allowed. */
 const maxNames = 16
 /** A lease that covers the client's TTL and this many ms is not extended again. */
@@ -65,6 +67,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   const unwanted = new Set<string>()
   /** Addresses that a policy took away are still banned by name in the kernel. */
   let banned = false
+  let makingRoom = false
   let rules = initial
   let generation = 1
   let next: Batch | null = null
@@ -119,24 +122,28 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     }
     if (entry.until >= wanted - slackMs) return entry.batch
     next ??= new Batch()
-    if (before !== undefined) next.known.add(address)
+    if (before !== undefined || unwanted.has(address)) next.known.add(address)
     entry.until = wanted
     entry.batch = next
     next.elements.set(address, seconds)
     unwanted.delete(address)
     learned.delete(address)
     learned.set(address, entry)
-    if (learned.size > maxLearned) evict()
+    if (learned.size > maxLearned && !makingRoom) void makeRoom()
     return next
   }
 
-  function evict(): void {
-    for (const [address, entry] of learned) {
-      if (entry.batch !== null) continue
+  // Meanwhile the table grows on; a flood of answers ends at the size of the kernel's sets.
+  async function makeRoom(): Promise<void> {
+    makingRoom = true
+    const leases = await Promise.all(learnedSets.map((set) => nft.list(set))).then((listings) => readLeases(listings.join('')), () => null)
+    const { over, shut } = chooseGivenUp(learned, leases, now(), keptWhenFull)
+    for (const address of over) learned.delete(address)
+    for (const address of shut) {
       learned.delete(address)
       unwanted.add(address)
-      return
     }
+    makingRoom = false
   }
 
   async function commit(wanted: Rules): Promise<void> {

@@ -8,6 +8,8 @@ import { execa } from 'execa'
 export type Nft = {
   /** @throws NftError when nft refuses the transaction (nothing of it is applied then), dies or does not confirm in time */
   apply(statements: readonly string[], timeoutMs?: number): Promise<string>
+  /** What a set holds, as nft prints it. For large sets: the long-lived process would keep the memory. @throws NftError */
+  list(set: string): Promise<string>
   close(): void
 }
 
@@ -19,6 +21,7 @@ export class NftError extends Error {
 }
 
 const defaultTimeoutMs = 5000
+const listTimeoutMs = 30_000
 /** nft keeps every line it ever read as history: 8 MB after 20,000. A fresh process costs 5 ms. */
 const linesPerProcess = 2000
 // In a table of its own: to list a chain, nft reads all elements of its table's sets back (12 ms with 4,096).
@@ -112,6 +115,11 @@ export function createNft(): Nft {
       const result = last.then(() => runNext(statements, timeoutMs))
       last = result.catch(() => undefined)
       return result
+    },
+    async list(set) {
+      const result = await execa('nft', ['list', 'set', ...set.split(' ')], { reject: false, env: environment, extendEnv: false, timeout: listTimeoutMs, stdin: 'ignore', cleanup: false })
+      if (result.failed) throw new NftError(`nft list set ${set}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
+      return result.stdout
     },
     close: () => process.stop(),
   }

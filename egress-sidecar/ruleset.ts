@@ -60,6 +60,8 @@ const inbound = '0x80000000'
 const repliesToOutside = `meta l4proto tcp ct state established ct direction reply ct mark ${inbound} accept`
 
 const table = 'inet opensandbox'
+/** Where `openStatements` puts addresses. */
+export const learnedSets = [`${table} dyn_allow_v4`, `${table} dyn_allow_v6`] as const
 const chains = ['nat', 'egress', 'exempt', 'denied'] as const
 const dockerResolver = '127.0.0.11'
 
@@ -139,9 +141,9 @@ export function forgetStatements(addresses: readonly string[]): string[] {
 
 /** Whether or not they have expired by now: deleting a missing element would fail. */
 function deleteStatements(addresses: readonly string[]): string[] {
-  return addresses.flatMap((address) => {
-    const set = `dyn_allow_v${familyOf(address).n}`
-    return [`add element ${table} ${set} { ${address} }`, `delete element ${table} ${set} { ${address} }`]
+  return families.flatMap((f) => {
+    const mine = addresses.filter((address) => familyOf(address) === f)
+    return mine.length === 0 ? [] : ['add', 'delete'].map((verb) => `${verb} element ${table} dyn_allow_v${f.n} { ${mine.join(', ')} }`)
   })
 }
 

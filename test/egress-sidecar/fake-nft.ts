@@ -9,10 +9,13 @@ export type FakeNft = Nft & {
   /** Confirms (or refuses) the oldest waiting transaction. */
   confirm(error?: Error): void
   readonly waiting: number
+  /** What `list` prints, by set; an error for a set that is not there. */
+  readonly listings: Map<string, string>
 }
 
 export function fakeNft(): FakeNft {
   const transactions: string[] = []
+  const listings = new Map<string, string>()
   const pending: ((error?: Error) => void)[] = []
   let held = false
   return {
@@ -24,6 +27,12 @@ export function fakeNft(): FakeNft {
       transactions.push(statements.join('; '))
       if (!held) return Promise.resolve('')
       return new Promise((resolve, reject) => pending.push((error) => (error === undefined ? resolve('') : reject(error))))
+    },
+    listings,
+    async list(set) {
+      const listing = listings.get(set)
+      if (listing === undefined) throw new Error('no such set')
+      return listing
     },
     close: () => undefined,
     hold: () => (held = true),

@@ -144,6 +144,14 @@ t.test('a lease is renewed by every packet', async (t) => {
   t.match(await expires(), /^5m5\ds|^6m/, 'six minutes from the last packet')
 })
 
+t.test('more addresses than the table holds: a flow keeps its own', async (t) => {
+  await using space = await createNamespaces({ ipv6: false })
+  const told = JSON.parse(await space.run(process.execPath, 'test/system/egress-full-table.ts', '198.18.0.1', '80')) as { learned: number; most: number; echoes: string[]; unused: string }
+  t.ok(told.most > 32_768 && told.learned < 32_768, `the table was full and has room again: ${told.most}, ${told.learned}`)
+  t.same(new Set(told.echoes), new Set(['echo']), 'the flow was answered between all the others', { echoes: told.echoes })
+  t.match(told.unused, /^E/, 'an address that nobody used is shut')
+})
+
 t.test('it ends: nothing opens', async (t) => {
   for (const signal of ['SIGTERM', 'SIGKILL'] as const) {
     await using space = await createNamespaces()
