@@ -91,6 +91,7 @@ const server = createServer({
     return { ready: watch.connected && checks.store === 'ok' && guardFault === '', checks }
   },
   finished: (request) => log.info({ event: 'request', ...request }),
+  clientEvent: (event) => log.info({ event: 'client-event', ...event }),
 })
 const address = await server.listen({ host: config.server.host, port: config.server.port, backlog: config.server.backlog }).catch((error: Error) => stopStart(exitUnavailable, `cannot listen: ${error.message}`))
 log.info({ event: 'listening', address, instance, isolation: network.isolation, host_guard: guard === null ? 'off' : 'on', upstreams: config.upstreams })

@@ -13,6 +13,13 @@ const unbuilt: readonly (readonly [HTTPMethods | HTTPMethods[], string, ApiError
   [['GET', 'POST', 'PUT', 'PATCH', 'DELETE'], '/sandboxes/:id/proxy/:port/*', 'NOT_IMPLEMENTED', 'The server proxy is not available.'],
 ]
 
+/** Pages for people; open in the original. */
+export const docsPaths = ['/docs', '/redoc', '/openapi.json'] as const
+
+export function addDocsRoutes(app: FastifyInstance): void {
+  for (const url of docsPaths) app.get(url, async () => { throw new ApiError('NOT_IMPLEMENTED', 'Pages that document the API are not available.') })
+}
+
 export function addUnbuiltRoutes(app: FastifyInstance): void {
   for (const [method, url, code, message] of unbuilt) {
     app.route({ method, url, handler: async () => { throw new ApiError(code, message) } })

@@ -165,15 +165,6 @@ t.test('direct mode', async (t) => {
   t.match(await bench.call('GET', `/sandboxes/${id}/endpoints/8080?expires=1900000000`), { status: 400, body: { code: 'SANDBOX::API_NOT_SUPPORTED' } })
 })
 
-t.test('what is not built says so', async (t) => {
-  await using bench = new Bench()
-  const cases: ['GET' | 'POST', string, string][] = [
-    ['POST', '/v1/sandboxes/a/snapshots', 'SNAPSHOT::NOT_IMPLEMENTED'], ['GET', '/snapshots', 'SNAPSHOT::NOT_IMPLEMENTED'], ['GET', '/v1/pools', 'KUBERNETES::POOL_NOT_SUPPORTED'],
-    ['GET', '/v1/sandboxes/a/diagnostics/logs?scope=all', 'DIAGNOSTICS_NOT_IMPLEMENTED'], ['GET', '/v1/sandboxes/a/proxy/80/x/y', 'NOT_IMPLEMENTED'],
-  ]
-  for (const [method, path, code] of cases) t.match(await bench.call(method, path), { status: 501, body: { code } }, path)
-})
-
 t.test('mode dns warns', async (t) => {
   await using bench = new Bench({ toml: gatewayToml.replace('[egress]', '[egress]\nmode = "dns"') })
   t.match((await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })).body.warnings, [/direct addresses are open/])

@@ -58,6 +58,7 @@ export class Bench {
   readonly app: FastifyInstance
   readonly clock: { now: number }
   readonly events: string[] = []
+  readonly clientEvents: unknown[] = []
 
   constructor(options: Options = {}) {
     const config = readToml(options.toml ?? gatewayToml, options.env)
@@ -79,7 +80,7 @@ export class Bench {
       report: (event) => void this.events.push(event),
     })
     this.app = createServer({
-      config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now, finished: () => undefined,
+      config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now, finished: () => undefined, clientEvent: (event) => void this.clientEvents.push(event),
       readiness: async () => ({ ready: true, checks: { engine: 'ok', store: 'ok', host_guard: 'ok', isolation: 'isolated' } }),
     })
     // As main.ts does.
