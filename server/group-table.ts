@@ -27,6 +27,7 @@ export type TableDeps = {
   /** Called after every change a reader could see; null: the sandbox is gone. */
   readonly changed: (id: string, group: Group | null) => void
   readonly expire: (id: string) => Promise<void>
+  readonly report: (event: string, id: string, detail: Record<string, unknown>) => void
 }
 
 export class GroupTable {
@@ -76,6 +77,16 @@ export class GroupTable {
     return record
   }
 
+  /** The same for what is so whether the store takes it or not: a next server finds out by looking. */
+  note(entry: Entry, change: Partial<SandboxRecord>): void {
+    try {
+      this.update(entry, change)
+    } catch (error) {
+      this.#deps.report('store-failed', entry.group.record.id, { error: causeOf(error) })
+      this.set(entry, { record: { ...entry.group.record, ...change, changedAt: this.#deps.now() } })
+    }
+  }
+
   /** What need not survive. */
   set(entry: Entry, change: Partial<Group>): void {
     entry.group = { ...entry.group, ...change }
@@ -85,10 +96,17 @@ export class GroupTable {
     this.#deps.changed(record.id, entry.group)
   }
 
-  /** Nothing of it is left in Docker; now nothing is left here. */
+  /**
+   * Nothing of it is left in Docker; now nothing is left here. Also when the disk is full, for then sandboxes are deleted to make room: of
+   * a record that stays the next server finds no container, and forgets it too.
+   */
   forget(entry: Entry): void {
     const { id, hostPorts } = entry.group.record
-    this.#deps.store.delete(id)
+    try {
+      this.#deps.store.delete(id)
+    } catch (error) {
+      this.#deps.report('store-failed', id, { error: causeOf(error) })
+    }
     this.#entries.delete(id)
     this.#expiry.set(id, null)
     this.#deps.ports.release(Object.values(hostPorts))
@@ -122,4 +140,8 @@ export class GroupTable {
 export function deadlineOf(record: SandboxRecord): number | null {
   if (record.phase !== 'failed' || record.keepUntil === null) return record.expiresAt
   return record.expiresAt === null ? record.keepUntil : Math.min(record.keepUntil, record.expiresAt)
+}
+
+function causeOf(error: unknown): string {
+  return String((error as Error).cause ?? error)
 }

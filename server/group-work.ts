@@ -102,7 +102,7 @@ export class GroupWork {
 
   #fail(entry: Entry, reason: string, message: string): void {
     const { table, now, config } = this.#deps
-    table.update(entry, { phase: 'failed', reason, message, keepUntil: now() + config.failureTtlSeconds * 1000 })
+    table.note(entry, { phase: 'failed', reason, message, keepUntil: now() + config.failureTtlSeconds * 1000 })
   }
 
   async #read(entry: Entry): Promise<void> {

@@ -52,7 +52,12 @@ export class Groups {
     if (this.#closed) throw new ApiError('SERVER::SHUTTING_DOWN', 'The server is shutting down.')
     await this.#deps.workshop.admit(request)
     const record = await this.#newRecord(request)
-    this.#deps.store.put(record)
+    try {
+      this.#deps.store.put(record)
+    } catch (error) {
+      this.#deps.ports.release(Object.values(record.hostPorts))
+      throw error
+    }
     const entry = this.#table.add({ record, facts: [], progress: null })
     const made = this.#table.exclusive(entry, () => this.#work.make(entry, request))
     const outOfTime = Promise.withResolvers<'waiting'>()

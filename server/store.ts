@@ -19,6 +19,9 @@ export class Store {
   readonly #put: StatementSync
   readonly #delete: StatementSync
   readonly #setNote: StatementSync
+  #failed = false
+  /** Rows to delete. */
+  readonly #gone = new Set<string>()
 
   /** Opens or makes the file; `:memory:` for tests. @throws when it is another program's, or a newer version's */
   constructor(path: string) {
@@ -78,13 +81,20 @@ export class Store {
     })
   }
 
+  /** @throws ApiError SERVER::STORE_FAILED; then it goes with the next write that succeeds here or in `check` */
   delete(id: string): void {
-    this.#write(() => this.#delete.run(id))
+    this.#gone.add(id)
+    this.#write(() => this.#deleteGone())
   }
 
-  /** @throws when the file cannot be read any more */
+  /** @throws when the file cannot be read any more, or written: that is tried when the last write failed */
   check(): void {
     this.#db.prepare('SELECT count(*) FROM meta').get()
+    if (!this.#failed) return
+    this.#write(() => {
+      this.#db.exec(`PRAGMA user_version = ${schemaVersion}`)
+      this.#deleteGone()
+    })
   }
 
   close(): void {
@@ -102,11 +112,20 @@ export class Store {
       COMMIT`)
   }
 
+  #deleteGone(): void {
+    for (const id of this.#gone) {
+      this.#delete.run(id)
+      this.#gone.delete(id)
+    }
+  }
+
   /** A single statement outside BEGIN is its own transaction. */
   #write(statement: () => unknown): void {
     try {
       statement()
+      this.#failed = false
     } catch (error) {
+      this.#failed = true
       throw new ApiError('SERVER::STORE_FAILED', 'The server could not write its store; nothing was changed.', { cause: error })
     }
   }
