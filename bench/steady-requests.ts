@@ -21,11 +21,11 @@ export class SteadyClient implements Reader {
   }
 
   /** @returns the status of the answer @throws Error when the connection breaks or nothing comes for 30 s */
-  async ask(header: string): Promise<number> {
+  async ask(header: string, path = '/'): Promise<number> {
     const waiting = Promise.withResolvers<number>()
     this.#waiting = waiting
     const timer = setTimeout(() => waiting.reject(new Error(`no answer for ${patience / 1000} s`)), patience)
-    this.#socket!.write(`GET / HTTP/1.1\r\nHost: bench.example\r\n${header}\r\n\r\n`)
+    this.#socket!.write(`GET ${path} HTTP/1.1\r\nHost: bench.example\r\n${header}\r\n\r\n`)
     return waiting.promise.finally(() => clearTimeout(timer))
   }
 

@@ -129,7 +129,7 @@ class Client implements Reader {
     if (found === null) return
     const opened = this.#opened!
     this.#opened = null
-    if (found.length < bytes.length) this.#onBroken(new Error('bytes behind the handshake'))
+    if (found.length < bytes.length && found.head.startsWith('HTTP/1.1 101 ')) this.#onBroken(new Error('bytes behind the handshake'))
     opened(found.head)
   }
 
