@@ -6,12 +6,13 @@
  *   4. open the firewall    and wait for the kernel
  *   5. answer               only now may the sandbox learn the address
  * A policy that changes in between sends the question back to 1; what was asked upstream is not asked again.
+ * Callbacks, because promises would cost as much as all five steps: a question whose addresses are open already waits for nothing but upstream.
  */
 import type { Rules } from '#policies/compile.ts'
 import { decideName } from '#policies/decide.ts'
 import type { Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
-import type { Firewall } from './firewall.ts'
+import type { Firewall, Opened } from './firewall.ts'
 import type { AddressJudge } from './judge.ts'
 import { emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
 import { leaseSeconds } from './ruleset.ts'
@@ -20,8 +21,11 @@ export type Transport = 'udp' | 'tcp'
 
 /** Asks the upstream resolvers; null when none of them gave a usable answer in time. The query's id is overwritten on the way. */
 export type Resolver = {
-  ask(query: Buffer, questionEnd: number, transport: Transport): Promise<Buffer | null>
+  ask(query: Buffer, questionEnd: number, transport: Transport, done: Done): void
 }
+
+/** Takes one message, or null for none; called once. */
+export type Done = (message: Buffer | null) => void
 
 export const results = ['answered', 'denied', 'no-upstream', 'bad-answer', 'kernel-failed', 'policy-unsettled'] as const
 
@@ -48,70 +52,115 @@ export type AnswerDeps = {
 /** Policy changes that one question may live through before it is given up. */
 const maxTurns = 4
 
-/** The reply to one message of the sandbox; null when it deserves none. */
-export async function answer(query: Buffer, transport: Transport, deps: AnswerDeps): Promise<Buffer | null> {
+/** Gives the reply to one message of the sandbox; null when it deserves none. */
+export function answer(query: Buffer, transport: Transport, deps: AnswerDeps, done: Done): void {
   const question = readQuestion(query)
-  if (question === null) return null
-  if (typeof question === 'number') return headerReply(query, question)
-  const id = query.readUInt16BE(0)
-  const started = deps.now()
-  const { reply, verdict, result, addresses } = await settle(query, question, transport, deps)
-  deps.report({ question, verdict, result, addresses, took: deps.now() - started })
-  reply.writeUInt16BE(id, 0)
-  return reply
+  if (question === null) return done(null)
+  if (typeof question === 'number') return done(headerReply(query, question))
+  new Course(query, question, transport, deps, done).judgeName()
 }
 
-type Settled = { reply: Buffer; verdict: Verdict; result: Outcome['result']; addresses: readonly string[] }
+const none: readonly string[] = []
 
-async function settle(query: Buffer, question: Question, transport: Transport, { resolver, firewall, mayOpen }: AnswerDeps): Promise<Settled> {
-  let message: Buffer | null | undefined
-  for (let turn = 1; ; turn++) {
-    // 1. judge the name
-    const rules = firewall.rules
-    const verdict = decideName(rules, question.name)
-    if (verdict.action === 'deny') return refuse(query, question, rcodes.nxDomain, 'denied', verdict)
-    if (turn > maxTurns) return refuse(query, question, rcodes.servFail, 'policy-unsettled', verdict)
+/** One question on its way. */
+class Course {
+  readonly query: Buffer
+  readonly question: Question
+  readonly transport: Transport
+  readonly deps: AnswerDeps
+  readonly done: Done
+  readonly id: number
+  readonly started: number
+  turn = 0
+  /** What the name was judged by, and how. */
+  rules: Rules
+  verdict: Verdict
+  /** What upstream said. */
+  message: Buffer | null = null
 
-    // 2. ask upstream
-    message ??= await resolver.ask(query, question.end, transport)
-    if (message === null) return refuse(query, question, rcodes.servFail, 'no-upstream', verdict)
+  constructor(query: Buffer, question: Question, transport: Transport, deps: AnswerDeps, done: Done) {
+    this.query = query
+    this.question = question
+    this.transport = transport
+    this.deps = deps
+    this.done = done
+    this.id = query.readUInt16BE(0)
+    this.started = deps.now()
+    this.rules = deps.firewall.rules
+    this.verdict = judgeName(this.rules, question)
+  }
+
+  /** 1. judge the name, 2. ask upstream */
+  judgeName(): void {
+    const { deps, query, question } = this
+    if (this.turn++ > 0) {
+      this.rules = deps.firewall.rules
+      this.verdict = judgeName(this.rules, question)
+    }
+    if (this.verdict.action === 'deny') return this.refuse(rcodes.nxDomain, 'denied', this.verdict)
+    if (this.turn > maxTurns) return this.refuse(rcodes.servFail, 'policy-unsettled', this.verdict)
+    if (this.message !== null) return this.judgeAddresses(this.message)
+    deps.resolver.ask(query, question.end, this.transport, (message) => {
+      if (message === null) return this.refuse(rcodes.servFail, 'no-upstream', this.verdict)
+      this.message = message
+      this.judgeAddresses(message)
+    })
+  }
+
+  /** 3. judge each address, 4. open the firewall */
+  judgeAddresses(message: Buffer): void {
+    const { deps, rules, question } = this
     const found = readAnswer(message, question)
-    if (found === null || contradicts(found)) return refuse(query, question, rcodes.servFail, 'bad-answer', verdict)
-    if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return refuse(query, question, rcodes.servFail, 'no-upstream', verdict)
-    if (found.truncated) return { reply: truncatedReply(query, question.end), verdict, result: 'answered', addresses: [] }
-
-    // 3. judge each address
-    if (rules !== firewall.rules) continue
+    if (found === null || contradicts(found)) return this.refuse(rcodes.servFail, 'bad-answer', this.verdict)
+    if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return this.refuse(rcodes.servFail, 'no-upstream', this.verdict)
+    if (found.truncated) return this.settle(truncatedReply(this.query, question.end), 'answered', this.verdict, none)
+    if (rules !== deps.firewall.rules) return this.judgeName()
     const denied = deniedAlias(rules, found)
-    if (denied !== null) return refuse(query, question, rcodes.nxDomain, 'denied', denied)
+    if (denied !== null) return this.refuse(rcodes.nxDomain, 'denied', denied)
     const allowed: AddressRecord[] = []
     const addresses: string[] = []
     for (const record of found.addresses) {
-      const address = mayOpen(rules, record.address)
+      const address = deps.mayOpen(rules, record.address)
       if (address === null) continue
       allowed.push(record)
       addresses.push(address)
     }
-
-    // 4. open the firewall and wait for the kernel
     const seconds = leaseSeconds(found.ttl)
-    const opened = addresses.length === 0 ? 'open' : await firewall.open(question.name as string, addresses, seconds, rules)
-    if (opened === 'stale') continue
-    if (opened === 'failed') return refuse(query, question, rcodes.servFail, 'kernel-failed', verdict)
-
-    // 5. answer
-    const reply = composeReply({ query, question, message, found, allowed, seconds, strict: rules.defaultAction === 'deny' })
-    return { reply, verdict, result: 'answered', addresses }
+    const tell = (opened: Opened): void => {
+      // 5. answer
+      if (opened === 'stale') return this.judgeName()
+      if (opened === 'failed') return this.refuse(rcodes.servFail, 'kernel-failed', this.verdict)
+      const reply = composeReply({ query: this.query, question, message, found, allowed, seconds, strict: rules.defaultAction === 'deny' })
+      this.settle(reply, 'answered', this.verdict, addresses)
+    }
+    const opened = addresses.length === 0 ? 'open' : deps.firewall.open(question.name as string, addresses, seconds, rules)
+    if (typeof opened === 'string') tell(opened)
+    else void opened.then(tell)
   }
-}
 
-function refuse(query: Buffer, question: Question, rcode: number, result: Outcome['result'], verdict: Verdict): Settled {
-  return { reply: emptyReply(query, question.end, rcode), verdict, result, addresses: [] }
+  refuse(rcode: number, result: Outcome['result'], verdict: Verdict): void {
+    this.settle(emptyReply(this.query, this.question.end, rcode), result, verdict, none)
+  }
+
+  settle(reply: Buffer, result: Outcome['result'], verdict: Verdict, addresses: readonly string[]): void {
+    const { deps, question } = this
+    deps.report({ question, verdict, result, addresses, took: deps.now() - this.started })
+    reply.writeUInt16BE(this.id, 0)
+    this.done(reply)
+  }
 }
 
 /** A name that does not exist has no addresses: nothing of such an answer may be used. */
 function contradicts({ rcode, addresses }: Answer): boolean {
   return rcode === rcodes.nxDomain && addresses.length > 0
+}
+
+/** `decideName`, once for each policy: the same question comes again and again, and as the same object (`packet.ts`). */
+function judgeName(rules: Rules, question: Question): Verdict {
+  const { judged } = question
+  if (judged.rules === rules && judged.verdict !== null) return judged.verdict
+  judged.rules = rules
+  return (judged.verdict = decideName(rules, question.name))
 }
 
 /** The verdict of a rule (not of the default) that denies a name of the chain: its author did not mean "unless reached by an alias". */

@@ -20,8 +20,8 @@ export type ComposeInput = {
  * the question's own name as owner, because names in the original may point into the part that is gone.
  */
 export function composeReply({ query, question, message, found, allowed, seconds, strict }: ComposeInput): Buffer {
-  const services = strict ? found.services.map((record) => cleanService(message, record)) : []
-  const untouched = allowed.length === found.addresses.length && !found.strays && services.every((data, i) => data?.length === found.services[i]?.length)
+  const services = strict && found.services.length > 0 ? found.services.map((record) => cleanService(message, record)) : none
+  const untouched = allowed.length === found.addresses.length && !found.strays && (services.length === 0 || services.every((data, i) => data?.length === found.services[i]?.length))
   const longest = seconds - lease.grace
   if (untouched) {
     capTtls(message, found.ttlOffsets, longest)
@@ -33,6 +33,8 @@ export function composeReply({ query, question, message, found, allowed, seconds
   for (const [i, data] of kept.entries()) if (data !== null) records.push({ type: found.services[i]?.type as number, ttl, data })
   return listReply(query, question.end, records)
 }
+
+const none: readonly (Buffer | null)[] = []
 
 /** SvcParamKeys (RFC 9460 14.3.2): `mandatory`, and those that would lead around the judged name. */
 const serviceKeys = { mandatory: 0, ipv4Hint: 4, ech: 5, ipv6Hint: 6 } as const

@@ -6,7 +6,7 @@ import { canonicalAddress } from '#policies/address.ts'
 import type { Resolver } from './answer.ts'
 import type { Nft } from './nft.ts'
 import { readAnswer, readQuestion, recordTypes, type Question } from './packet.ts'
-import { writeQuestion } from './question.ts'
+import { askOnce, writeQuestion } from './question.ts'
 import { controlStatements } from './ruleset.ts'
 
 export type ControlPlace = {
@@ -40,7 +40,7 @@ export function createControlPlace({ host, port, ipv6, resolver, nft, now }: Con
     for (const type of literal !== null ? [] : ipv6 ? [recordTypes.a, recordTypes.aaaa] : [recordTypes.a]) {
       const query = writeQuestion(host, type)
       const question = readQuestion(query) as Question
-      const message = await resolver.ask(query, question.end, 'tcp')
+      const message = await askOnce(resolver, query, question.end, 'tcp')
       const found = message === null ? null : readAnswer(message, question)
       const first = canonicalAddress(found?.addresses[0]?.address ?? '')
       if (found !== null && first !== null) return { address: first, seconds: Math.min(Math.max(found.ttl, remembered.least), remembered.most) }

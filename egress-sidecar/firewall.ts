@@ -27,8 +27,8 @@ export type Firewall = {
   readonly learned: number
   /** Kernel first: when it resolves, addresses that only the old policy allowed are shut and `rules` is the new one. */
   replace(rules: Rules): Promise<void>
-  /** Opens addresses that `name` led to, for `seconds`, as judged under `rules`. */
-  open(name: string, addresses: readonly string[], seconds: number, rules: Rules): Promise<Opened>
+  /** Opens addresses that `name` led to, for `seconds`, as judged under `rules`. At once when all of them are open. */
+  open(name: string, addresses: readonly string[], seconds: number, rules: Rules): Opened | Promise<Opened>
 }
 
 /** Addresses kept at a time; beyond that those that nobody uses are given up, down to the second number. The kernel's sets hold more. */
@@ -112,8 +112,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     }
   }
 
-  function enqueue(address: string, name: string, seconds: number): Batch | null {
-    const wanted = now() + seconds * 1000
+  function enqueue(address: string, name: string, wanted: number, seconds: number): Batch | null {
     const before = learned.get(address)
     const entry: Learned = before ?? { until: 0, names: [], batch: null }
     if (!entry.names.includes(name)) {
@@ -173,6 +172,15 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     }
   }
 
+  async function confirmed(batches: readonly Batch[], judgedBy: Rules): Promise<Opened> {
+    void pump()
+    for (const batch of batches) {
+      const result = await batch.done
+      if (result !== 'open') return result
+    }
+    return judgedBy === rules ? 'open' : 'stale'
+  }
+
   return {
     get rules() {
       return rules
@@ -189,20 +197,15 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
       replacements = result.catch(() => undefined)
       return result
     },
-    async open(name, addresses, seconds, judgedBy) {
+    open(name, addresses, seconds, judgedBy) {
       if (judgedBy !== rules) return 'stale'
-      const batches = new Set<Batch>()
+      const wanted = now() + seconds * 1000
+      let batches: Batch[] | null = null
       for (const address of addresses) {
-        const batch = enqueue(address, name, seconds)
-        if (batch !== null) batches.add(batch)
+        const batch = enqueue(address, name, wanted, seconds)
+        if (batch !== null && !batches?.includes(batch)) (batches ??= []).push(batch)
       }
-      if (batches.size === 0) return 'open'
-      void pump()
-      for (const batch of batches) {
-        const result = await batch.done
-        if (result !== 'open') return result
-      }
-      return judgedBy === rules ? 'open' : 'stale'
+      return batches === null ? 'open' : confirmed(batches, judgedBy)
     },
   }
 }

@@ -2,10 +2,10 @@
 import { createSocket, type Socket } from 'node:dgram'
 import { once } from 'node:events'
 import { createServer, type Server, type Socket as TcpSocket } from 'node:net'
-import type { Transport } from './answer.ts'
+import type { Done, Transport } from './answer.ts'
 
-/** The reply to one message, or null for none. */
-export type Handler = (message: Buffer, transport: Transport) => Promise<Buffer | null>
+/** Gives the reply to one message, or null for none. */
+export type Handler = (message: Buffer, transport: Transport, done: Done) => void
 
 export type DnsListener = {
   readonly port: number
@@ -33,7 +33,7 @@ export async function listenDns(addresses: readonly string[], wantedPort: number
     for (const address of addresses) {
       const udp = await listenUdp(address, port, handler)
       open.push(udp)
-      port = udp.address().port
+      port = udp.port
       open.push(await listenTcp(address, port, handler))
     }
   } catch (error) {
@@ -48,15 +48,14 @@ export async function listenDns(addresses: readonly string[], wantedPort: number
   }
 }
 
-async function listenUdp(address: string, port: number, handler: Handler): Promise<Socket> {
-  const socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup as never, recvBufferSize: 1 << 20 })
+async function listenUdp(address: string, port: number, handler: Handler): Promise<{ readonly port: number; close(): void }> {
+  const socket: Socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup as never, recvBufferSize: 1 << 20 })
   let pending = 0
   let closed = false
-  socket.on('close', () => (closed = true))
   socket.on('message', (message, peer) => {
     if (pending >= limits.udpPending) return
     pending++
-    void handler(message, 'udp').then((reply) => {
+    handler(message, 'udp', (reply) => {
       pending--
       // Without a callback: a client that has gone is not our error.
       if (reply !== null && !closed) socket.send(reply, peer.port, peer.address)
@@ -66,7 +65,13 @@ async function listenUdp(address: string, port: number, handler: Handler): Promi
   socket.bind({ address, port, exclusive: true })
   await listening
   socket.on('error', () => undefined)
-  return socket
+  return {
+    port: socket.address().port,
+    close() {
+      closed = true
+      socket.close()
+    },
+  }
 }
 
 async function listenTcp(address: string, port: number, handler: Handler): Promise<{ close(): void }> {
@@ -105,7 +110,8 @@ function serveTcp(socket: TcpSocket, handler: Handler): void {
     while (!socket.destroyed && received.length >= 2 && received.length >= 2 + received.readUInt16BE(0)) {
       socket.pause()
       const end = 2 + received.readUInt16BE(0)
-      const reply = await handler(Buffer.from(received.subarray(2, end)), 'tcp')
+      const message = Buffer.from(received.subarray(2, end))
+      const reply = await new Promise<Buffer | null>((resolve) => handler(message, 'tcp', resolve))
       received = received.subarray(end)
       if (reply === null || ++served > limits.tcpMessages) socket.destroy()
       else socket.write(Buffer.concat([lengthOf(reply), reply]))

@@ -30,8 +30,9 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
       }
       const seconds = took / 1000
       sum += seconds
-      const bucket = buckets.findIndex((limit) => seconds <= limit)
-      counts[bucket === -1 ? buckets.length : bucket]! += 1
+      let bucket = 0
+      while (bucket < buckets.length && seconds > (buckets[bucket] as number)) bucket++
+      counts[bucket]! += 1
     },
     policyChanged: () => void changes++,
     text({ learned, rules }) {

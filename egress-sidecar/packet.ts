@@ -3,6 +3,9 @@
  * Everything else in a message is forwarded untouched. All loops are bounded by the message's length, never by what it claims.
  */
 
+import type { Rules } from '#policies/compile.ts'
+import type { Verdict } from '#policies/verdict.ts'
+
 export const rcodes = { noError: 0, formErr: 1, servFail: 2, nxDomain: 3, notImp: 4, refused: 5 } as const
 export const recordTypes = { a: 1, ns: 2, cname: 5, aaaa: 28, svcb: 64, https: 65 } as const
 
@@ -22,19 +25,53 @@ export type Question = {
   readonly class: number
   /** Offset of the first byte behind the question. */
   readonly end: number
+  /** For the judge of names: what it said of this one, and by which rules. */
+  readonly judged: { rules: Rules | null; verdict: Verdict | null }
 }
 
 /** A question; or the rcode to refuse the message with; or null for what must not be answered at all (too short, itself a reply). */
 export function readQuestion(message: Buffer): Question | number | null {
   if (message.length < headerLength) return null
-  const flags = message.readUInt16BE(2)
+  const flags = uint16(message, 2)
   if ((flags & 0x8000) !== 0) return null
   if ((flags & 0x7800) !== 0) return rcodes.notImp
-  const oneQuestion = message.readUInt16BE(4) === 1 && message.readUInt16BE(6) === 0 && message.readUInt16BE(8) <= 1 && message.readUInt16BE(10) <= 2
+  const oneQuestion = uint16(message, 4) === 1 && uint16(message, 6) === 0 && uint16(message, 8) <= 1 && uint16(message, 10) <= 2
   if (!oneQuestion || message.length > maxQuestionMessage) return rcodes.formErr
   const nameEnd = endOfPlainName(message, headerLength)
   if (nameEnd === -1 || nameEnd + 4 > message.length) return rcodes.formErr
-  return { name: plainName(message, headerLength, nameEnd), type: message.readUInt16BE(nameEnd), class: message.readUInt16BE(nameEnd + 2), end: nameEnd + 4 }
+  return rememberedQuestion(message, nameEnd)
+}
+
+function uint16(message: Buffer, at: number): number {
+  return ((message[at] as number) << 8) | (message[at + 1] as number)
+}
+
+/**
+ * Questions seen lately, byte for byte: programs ask for the same few names again and again, and a string that is made anew has to be hashed
+ * anew by everybody who looks it up. A slot holds the last question of its hash; long ones, the carriers of tunnels, have no place here.
+ */
+const recent = { slots: 2048, width: 64 } as const
+const recentBytes = new Uint8Array(recent.slots * recent.width)
+const recentQuestions: (Question | null)[] = Array<null>(recent.slots).fill(null)
+
+function rememberedQuestion(message: Buffer, nameEnd: number): Question {
+  const end = nameEnd + 4
+  const length = end - headerLength
+  if (length > recent.width) return newQuestion(message, nameEnd)
+  let hash = 0
+  for (let at = headerLength; at < end; at++) hash = (Math.imul(hash, 31) + (message[at] as number)) | 0
+  const slot = (hash ^ (hash >>> 11)) & (recent.slots - 1)
+  const from = slot * recent.width
+  const before = recentQuestions[slot] as Question | null
+  let same = 0
+  if (before !== null && before.end === end) while (same < length && recentBytes[from + same] === message[headerLength + same]) same++
+  if (before !== null && same === length) return before
+  for (let i = 0; i < length; i++) recentBytes[from + i] = message[headerLength + i] as number
+  return (recentQuestions[slot] = newQuestion(message, nameEnd))
+}
+
+function newQuestion(message: Buffer, nameEnd: number): Question {
+  return { name: plainName(message, headerLength, nameEnd), type: uint16(message, nameEnd), class: uint16(message, nameEnd + 2), end: nameEnd + 4, judged: { rules: null, verdict: null } }
 }
 
 /** Offset behind an uncompressed name, or -1. Compression has no place in a question: there is nothing to point at. */
@@ -94,16 +131,19 @@ export type Answer = {
 /** `rdata` and `length` delimit the record's data in the message. */
 export type ServiceRecord = { readonly type: number; readonly rdata: number; readonly length: number }
 
+/** Names by their offset; most replies have none but the question's. */
+type KnownNames = { at: Map<number, string> | null }
+
 type FoundRecord = { owner: string; type: number; ttl: number; rdata: number; length: number }
 
 /** Reads a reply to `question` (its echo was checked before). Null when it is malformed: nothing of it may be used. */
 export function readAnswer(message: Buffer, question: Question): Answer | null {
-  const flags = message.readUInt16BE(2)
-  const claimed = message.readUInt16BE(6)
+  const flags = uint16(message, 2)
+  const claimed = uint16(message, 6)
   const records: FoundRecord[] = []
   const ttlOffsets: number[] = []
   let aliasOf: Map<string, Alias> | null = null
-  const names = new Map<number, string>()
+  const names: KnownNames = { at: null }
   // A question that was allowed has a name without unusual bytes, the same in both forms.
   const asked = question.name ?? (readName(message, headerLength, names) as string)
   let at = question.end
@@ -112,10 +152,10 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     const owner = message[at] === 0xc0 && message[at + 1] === headerLength ? asked : readName(message, at, names)
     at = skipName(message, at)
     if (owner === null || at === -1 || at + 10 > message.length) return null
-    const type = message.readUInt16BE(at)
-    const isIn = message.readUInt16BE(at + 2) === classIn
+    const type = uint16(message, at)
+    const isIn = uint16(message, at + 2) === classIn
     const rawTtl = message.readUInt32BE(at + 4)
-    const length = message.readUInt16BE(at + 8)
+    const length = uint16(message, at + 8)
     const rdata = at + 10
     if (rdata + length > message.length) return null
     const ttl = rawTtl > 0x7fffffff ? 0 : rawTtl
@@ -144,27 +184,31 @@ type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Al
 
 function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets }: Collected): Answer | null {
   const chain = [asked]
-  const aliases: (string | null)[] = []
+  let aliases: readonly (string | null)[] = none
   let ttl = 0x7fffffff
-  for (let link = aliasOf?.get(asked); link !== undefined; link = aliasOf?.get(link.target)) {
-    if (chain.includes(link.target) || chain.length > maxChain) return null
-    chain.push(link.target)
-    aliases.push(harmlessName(link.target))
-    ttl = Math.min(ttl, link.ttl)
+  if (aliasOf !== null) {
+    for (let link = aliasOf.get(asked); link !== undefined; link = aliasOf.get(link.target)) {
+      if (chain.includes(link.target) || chain.length > maxChain) return null
+      chain.push(link.target)
+      ttl = Math.min(ttl, link.ttl)
+    }
+    aliases = chain.slice(1).map(harmlessName)
   }
   const addresses: AddressRecord[] = []
-  const services: ServiceRecord[] = []
+  let services: ServiceRecord[] | null = null
   let strays = false
   for (const record of records) {
-    if (!chain.includes(record.owner)) strays = true
+    if (record.owner !== asked && !chain.includes(record.owner)) strays = true
     else {
       ttl = Math.min(ttl, record.ttl)
       if (record.type === recordTypes.a || record.type === recordTypes.aaaa) addresses.push({ address: formatAddress(message, record.rdata, record.length), type: record.type, rdata: record.rdata })
-      else services.push({ type: record.type, rdata: record.rdata, length: record.length })
+      else (services ??= []).push({ type: record.type, rdata: record.rdata, length: record.length })
     }
   }
-  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses, aliases, ttl, ttlOffsets, services, strays }
+  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses, aliases, ttl, ttlOffsets, services: services ?? none, strays }
 }
+
+const none: readonly never[] = []
 
 function harmlessName(name: string): string | null {
   for (let i = 0; i < name.length; i++) if (name[i] !== '.' && labelByte[name.charCodeAt(i)] === 0) return null
@@ -172,8 +216,8 @@ function harmlessName(name: string): string | null {
 }
 
 /** A possibly compressed name as lower-case text; a byte that could be taken for a label border is escaped. Null when malformed. */
-function readName(message: Buffer, start: number, known: Map<number, string>): string | null {
-  const before = known.get(start)
+function readName(message: Buffer, start: number, known: KnownNames): string | null {
+  const before = known.at?.get(start)
   if (before !== undefined) return before
   let at = start
   let limit = start
@@ -195,7 +239,8 @@ function readName(message: Buffer, start: number, known: Map<number, string>): s
     text = text === '' ? label : `${text}.${label}`
     at += length + 1
   }
-  known.set(start, text)
+  known.at ??= new Map()
+  known.at.set(start, text)
   return text
 }
 
@@ -212,10 +257,25 @@ function skipName(message: Buffer, start: number): number {
 
 /** Text of an address; the IPv6 form is not the shortest but valid. */
 function formatAddress(message: Buffer, at: number, length: number): string {
-  if (length === 4) return `${message[at]}.${message[at + 1]}.${message[at + 2]}.${message[at + 3]}`
+  if (length === 4) return formatFour(message, at)
   let text = message.readUInt16BE(at).toString(16)
   for (let i = 2; i < 16; i += 2) text += `:${message.readUInt16BE(at + i).toString(16)}`
   return text
+}
+
+// As with questions: the same text again instead of a new one that has to be hashed.
+const fourSlots = 2048
+const fourValues = new Int32Array(fourSlots)
+const fourTexts = Array<string>(fourSlots).fill('0.0.0.0')
+
+function formatFour(message: Buffer, at: number): string {
+  const value = message.readInt32BE(at)
+  const slot = (value ^ (value >>> 11)) & (fourSlots - 1)
+  if (fourValues[slot] !== value) {
+    fourValues[slot] = value
+    fourTexts[slot] = `${value >>> 24}.${(value >>> 16) & 255}.${(value >>> 8) & 255}.${value & 255}`
+  }
+  return fourTexts[slot] as string
 }
 
 /** A reply without records: id, opcode, RD and CD of the question, its text with the case it had. */
@@ -268,8 +328,7 @@ export function capTtls(message: Buffer, offsets: readonly number[], seconds: nu
 
 /** Does `reply` answer exactly this question (RFC 5452 9.1)? Some servers do not keep the case of the name. */
 export function echoesQuestion(reply: Buffer, query: Buffer, questionEnd: number): boolean {
-  if (reply.length < questionEnd || reply.readUInt16BE(4) !== 1 || (reply.readUInt16BE(2) & 0xf800) !== 0x8000) return false
-  if (reply.compare(query, headerLength, questionEnd, headerLength, questionEnd) === 0) return true
+  if (reply.length < questionEnd || uint16(reply, 4) !== 1 || (uint16(reply, 2) & 0xf800) !== 0x8000) return false
   for (let at = headerLength; at < questionEnd; at++) {
     const asked = query[at] as number
     const echoed = reply[at] as number

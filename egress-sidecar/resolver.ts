@@ -5,7 +5,7 @@
  */
 import { randomFillSync } from 'node:crypto'
 import { createSocket, type Socket } from 'node:dgram'
-import type { Resolver, Transport } from './answer.ts'
+import type { Done, Resolver, Transport } from './answer.ts'
 import { echoesQuestion, rcodes } from './packet.ts'
 import type { Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
@@ -46,21 +46,25 @@ const patienceMs = 1200
 class Pending {
   readonly query: Buffer
   readonly questionEnd: number
-  readonly resolve: (reply: Buffer | null) => void
-  /** Upstreams not tried yet, in order. */
-  readonly left: UpstreamState[]
+  /** What kind of answer the asker can take. */
+  readonly transport: Transport
+  readonly done: Done
+  readonly order: readonly UpstreamState[]
+  /** How many of them were asked. */
+  tried = 0
   readonly deadline: number
   /** When the current upstream is given up. */
   giveUp = 0
   /** Kept when no other upstream has a better one: its SERVFAIL or REFUSED. */
   failure: Buffer | null = null
 
-  constructor(query: Buffer, questionEnd: number, left: UpstreamState[], deadline: number, resolve: (reply: Buffer | null) => void) {
+  constructor(query: Buffer, questionEnd: number, transport: Transport, done: Done, order: readonly UpstreamState[], deadline: number) {
     this.query = query
     this.questionEnd = questionEnd
-    this.left = left
+    this.transport = transport
+    this.done = done
+    this.order = order
     this.deadline = deadline
-    this.resolve = resolve
   }
 }
 
@@ -134,10 +138,9 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     } else finish(channel, id, pending, reply)
   }
 
-  function send(pending: Pending): void {
-    const state = pending.left.shift() as UpstreamState
-    const time = now()
-    pending.giveUp = pending.left.length === 0 ? pending.deadline : Math.min(pending.deadline, time + patienceMs)
+  function send(pending: Pending, time: number): void {
+    const state = pending.order[pending.tried++] as UpstreamState
+    pending.giveUp = pending.tried === pending.order.length ? pending.deadline : Math.min(pending.deadline, time + patienceMs)
     const channel = state.channels[randomId() % state.channels.length] as Channel
     let id = randomId()
     while (channel.pending.has(id)) id = (id + 1) & 0xffff
@@ -153,15 +156,27 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   }
 
   function next(channel: Channel, id: number, pending: Pending): void {
-    if (pending.left.length === 0 || now() >= pending.deadline) return finish(channel, id, pending, pending.failure)
+    const time = now()
+    if (pending.tried === pending.order.length || time >= pending.deadline) return finish(channel, id, pending, pending.failure)
     channel.pending.delete(id)
-    send(pending)
+    send(pending, time)
   }
 
   function finish(channel: Channel, id: number, pending: Pending, reply: Buffer | null): void {
     channel.pending.delete(id)
     pendingCount--
-    pending.resolve(reply)
+    const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
+    if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending.query, pending.questionEnd).then(pending.done)
+    else pending.done(reply)
+  }
+
+  async function askWhole(query: Buffer, questionEnd: number): Promise<Buffer | null> {
+    for (const { upstream } of inOrder(now())) {
+      query.writeUInt16BE(randomId(), 0)
+      const whole = await askTcp(query, questionEnd, upstream, timeoutMs)
+      if (whole !== null) return whole
+    }
+    return null
   }
 
   // One timer for all: setting one per question would cost more than the question.
@@ -175,27 +190,26 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending) if (pending.giveUp <= time) fail(state, channel, id, pending)
   }
 
-  function inOrder(): UpstreamState[] {
-    const time = now()
-    if (states.every((s) => s.distrustedUntil <= time && !s.silent)) return [...states]
+  function inOrder(time: number): readonly UpstreamState[] {
+    if (allTrusted(time)) return states
     const heard = states.every((s) => s.silent) ? states : states.filter((s) => !s.silent)
     return [...heard.filter((s) => s.distrustedUntil <= time), ...heard.filter((s) => s.distrustedUntil > time)]
+  }
+
+  function allTrusted(time: number): boolean {
+    for (const state of states) if (state.silent || state.distrustedUntil > time) return false
+    return true
   }
 
   async function probe(query: Buffer): Promise<readonly Upstream[]> {
     await Promise.all(states.map(async (state) => {
       pendingCount++
-      const reply = await new Promise((resolve) => send(new Pending(Buffer.from(query), query.length, [state], now() + Math.min(probeMs, timeoutMs), resolve)))
+      const time = now()
+      const reply = await new Promise((resolve) => send(new Pending(Buffer.from(query), query.length, 'udp', resolve, [state], time + Math.min(probeMs, timeoutMs)), time))
       state.silent = reply === null && !closed
       if (reply !== null) state.distrustedUntil = 0
     }))
     return states.filter((state) => state.silent).map(({ upstream }) => upstream)
-  }
-
-  async function askUdp(query: Buffer, questionEnd: number): Promise<Buffer | null> {
-    if (pendingCount >= maxPending) return null
-    pendingCount++
-    return new Promise((resolve) => send(new Pending(query, questionEnd, inOrder(), now() + timeoutMs, resolve)))
   }
 
   return {
@@ -203,16 +217,11 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     unroutable,
     probe,
     ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
-    async ask(query, questionEnd, transport: Transport) {
-      const reply = await askUdp(query, questionEnd)
-      const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
-      if (!truncated || transport === 'udp' || !tcp()) return reply
-      for (const { upstream } of inOrder()) {
-        query.writeUInt16BE(randomId(), 0)
-        const whole = await askTcp(query, questionEnd, upstream, timeoutMs)
-        if (whole !== null) return whole
-      }
-      return null
+    ask(query, questionEnd, transport, done) {
+      if (pendingCount >= maxPending) return done(null)
+      pendingCount++
+      const time = now()
+      send(new Pending(query, questionEnd, transport, done, inOrder(time), time + timeoutMs), time)
     },
     close() {
       closed = true

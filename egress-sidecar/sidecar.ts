@@ -22,6 +22,7 @@ import { createNft, type Nft } from './nft.ts'
 import { emptyReply, rcodes, readQuestion } from './packet.ts'
 import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
+import { askOnce } from './question.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
 import { bootStatements, closeStatements, dnsPort } from './ruleset.ts'
 import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
@@ -68,14 +69,14 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     })
     // 2. listeners, answering nothing of use yet
     const seen = new Set<string>()
-    let handler: Handler = async (message) => {
+    let handler: Handler = (message, _transport, done) => {
       const question = readQuestion(message)
-      if (question === null || typeof question === 'number') return null
+      if (question === null || typeof question === 'number') return done(null)
       if (question.name !== null && seen.size < 1000) seen.add(question.name)
-      return emptyReply(message, question.end, rcodes.servFail)
+      done(emptyReply(message, question.end, rcodes.servFail))
     }
     const ipv6 = hasIpv6Loopback()
-    listener = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport) => handler(message, transport))
+    listener = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport, done) => handler(message, transport, done))
     admin = await listenAdmin(config.http, {
       keeper: () => keeper,
       token: config.token,
@@ -107,7 +108,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
     const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now }))
     // 5. proof
-    const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => asking.ask(query, end, 'udp') })
+    const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => askOnce(asking, query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
     const hook = (webhook = config.denyWebhook === null ? null : await openWebhook(config.denyWebhook, { resolver: asking, nft: kernel, ipv6 }, exemption))
     const report = (outcome: Outcome): void => {
@@ -118,7 +119,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       if (result === 'denied' && hook !== null && name !== null && name !== '') hook.denied(name)
     }
     const answerDeps = { resolver: asking, firewall: guard, mayOpen, now, report }
-    handler = (message, transport) => answer(message, transport, answerDeps)
+    handler = (message, transport, done) => answer(message, transport, answerDeps, done)
     const kept = (keeper = createPolicyKeeper(policy, always, { firewall: guard, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
     reloader = setInterval(() => void reload(kept), reloadMs)
     unready = ''

@@ -30,11 +30,11 @@ async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply
   const seen = { asked: 0, opened: [] as { name: string; addresses: readonly string[]; seconds: number }[], outcomes: [] as Outcome[] }
   const deps: AnswerDeps = {
     resolver: {
-      async ask(bytes) {
+      ask(bytes, _end, _transport, done) {
         seen.asked++
         bytes.writeUInt16BE(0x7777, 0)
         meanwhile?.((wanted) => (current = wanted))
-        return reply
+        done(reply)
       },
     },
     firewall: {
@@ -53,7 +53,7 @@ async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply
     report: (outcome) => seen.outcomes.push(outcome),
   }
   const bytes = message(query)
-  const got = await answer(bytes, transport, deps)
+  const got = await new Promise<Buffer | null>((resolve) => answer(bytes, transport, deps, resolve))
   return { ...seen, got: got as Buffer, result: seen.outcomes[0]?.result, reason: seen.outcomes[0]?.verdict.reason }
 }
 

@@ -22,8 +22,8 @@ t.test('an answer waits for the kernel, and so does the second answer with the s
   const { nft, firewall } = await setUp(rules)
   nft.hold()
   const told: string[] = []
-  const first = firewall.open('a.example', ['198.51.100.1'], 60, rules).then((result) => told.push(`first ${result}`))
-  const second = firewall.open('b.example', ['198.51.100.1'], 60, rules).then((result) => told.push(`second ${result}`))
+  const first = Promise.resolve(firewall.open('a.example', ['198.51.100.1'], 60, rules)).then((result) => told.push(`first ${result}`))
+  const second = Promise.resolve(firewall.open('b.example', ['198.51.100.1'], 60, rules)).then((result) => told.push(`second ${result}`))
   await turn()
   t.same(told, [], 'nobody is told before')
   nft.confirm()

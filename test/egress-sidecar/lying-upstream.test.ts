@@ -177,7 +177,8 @@ async function askBy(resolver: Asker, transport: 'udp' | 'tcp' = 'udp'): Promise
   const rules = compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }] })
   const opened: string[] = []
   const firewall = { rules, learned: 0, replace: async () => undefined, open: async (_name: string, addresses: readonly string[]) => (opened.push(...addresses), 'open' as const) }
-  const got = await answer(message({ name, id: 77 }), transport, { resolver, firewall, mayOpen: createAddressJudge([]), now: () => 0, report: () => undefined })
+  const deps = { resolver, firewall, mayOpen: createAddressJudge([]), now: () => 0, report: () => undefined }
+  const got = await new Promise<Buffer | null>((resolve) => answer(message({ name, id: 77 }), transport, deps, resolve))
   if (got === null || got.readUInt16BE(0) !== 77) throw new Error('not an answer to the question')
   return { got, opened }
 }

@@ -30,8 +30,8 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
   let admitted = 0
   const outcomes: Outcome[] = []
   const deps: AnswerDeps = {
-    resolver: { ask: async (query) => ((asked = query), null) },
-    firewall: { rules, learned: 0, replace: async () => undefined, open: async () => 'open' },
+    resolver: { ask: (query, _end, _transport, done) => done((asked = query, null)) },
+    firewall: { rules, learned: 0, replace: async () => undefined, open: () => 'open' },
     mayOpen: (_, address) => address,
     now: () => 0,
     report: (outcome) => outcomes.push(outcome),
@@ -48,7 +48,7 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
     // The whole path for one in ten: it must agree with the reader about what may leave.
     if (i % 10 !== 0) continue
     asked = null
-    await answer(Buffer.from(cut), 'udp', deps)
+    answer(Buffer.from(cut), 'udp', deps, () => undefined)
     if (asked !== null && (found === null || typeof found === 'number' || decideName(rules, found.name).action !== 'allow')) admitted++
   }
   t.equal(admitted, 0, `${count} datagrams, no denied one left`)

@@ -130,3 +130,23 @@ t.test('a reply must repeat the question', async (t) => {
   ]
   for (const { why, reply, want } of rows) t.equal(echoesQuestion(reply, query, end), want, why)
 })
+
+t.test('what is remembered of questions and addresses is never mixed up', async (t) => {
+  // More than there are slots, so that most meet a newer one of their slot the second time.
+  const names = Array.from({ length: 6000 }, (_, i) => `${i % 2 === 0 ? 'N' : 'n'}${i}.${i % 3 === 0 ? 'a-longer-label.' : ''}example`)
+  const wrong: string[] = []
+  for (let round = 0; round < 2; round++) {
+    for (const [i, name] of names.entries()) {
+      const type = i % 5 === 0 ? types.AAAA : types.A
+      const data = `198.${18 + (i & 1)}.${(i >> 4) & 255}.${i & 255}`
+      const question = questionOf(message({ name, type }))
+      const found = readAnswer(message({ flags: replyFlags, name, type, answers: [{ name: toQuestion, type: types.A, data }] }), question)
+      if (question.name !== name.toLowerCase() || question.type !== type || found?.addresses[0]?.address !== data) wrong.push(name)
+    }
+  }
+  t.same(wrong, [])
+  const before = questionOf(message({ name: 'again.example' }))
+  t.equal(questionOf(message({ id: 7, name: 'again.example', additional: [opt(1232)] })), before, 'the same question is the same object')
+  t.not(questionOf(message({ name: 'again.example', type: types.AAAA })), before)
+  t.equal(questionOf(message({ name: 'Again.example' })).name, 'again.example', 'another case is another question of the same name')
+})

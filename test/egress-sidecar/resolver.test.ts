@@ -3,6 +3,7 @@ import { createSocket, type RemoteInfo, type Socket } from 'node:dgram'
 import { once } from 'node:events'
 import { createServer } from 'node:net'
 import t, { type Test } from 'tap'
+import { askOnce } from '../../egress-sidecar/question.ts'
 import { createResolver, type UdpResolver } from '../../egress-sidecar/resolver.ts'
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
 import { startProbes } from '../../egress-sidecar/upstream-probes.ts'
@@ -41,7 +42,7 @@ t.test('the question goes out unchanged but for its id', async (t) => {
     send(answer(asked))
   })
   const resolver = await resolverOf(t, [peer])
-  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
   t.same(got.subarray(2), query().subarray(2))
 })
 
@@ -55,7 +56,7 @@ t.test('ids and ports are not the same again and again', async (t) => {
   })
   const resolver = await resolverOf(t, [peer])
   // In parts, so that the peer's socket buffer holds them.
-  for (let part = 0; part < 6; part++) await Promise.all(Array.from({ length: 50 }, () => resolver.ask(query(), end, 'udp')))
+  for (let part = 0; part < 6; part++) await Promise.all(Array.from({ length: 50 }, () => askOnce(resolver, query(), end, 'udp')))
   t.ok(ids.size > 280, `${ids.size} ids for 300 questions`)
   t.ok(ports.size > 10, `${ports.size} ports`)
   t.same(new Set(resolver.ports).size, resolver.ports.length)
@@ -72,7 +73,7 @@ t.test('replies that are not ours are not believed', async (t) => {
     send(answer(asked, '198.51.100.1'))
   }
   const resolver = await resolverOf(t, [await upstream(t, liar)])
-  const reply = await resolver.ask(query(), end, 'udp')
+  const reply = await askOnce(resolver, query(), end, 'udp')
   t.ok(reply?.includes(Buffer.of(198, 51, 100, 1)))
   t.notOk(reply?.includes(Buffer.of(198, 18, 0, 66)))
 })
@@ -83,7 +84,7 @@ t.test('a stranger cannot answer', async (t) => {
   const peer = await upstream(t, (asked, send, { port }) => {
     stranger.send(answer(asked, '198.18.0.66'), port, '127.0.0.1', () => setTimeout(() => send(answer(asked)), 50))
   })
-  const reply = await (await resolverOf(t, [peer])).ask(query(), end, 'udp')
+  const reply = await askOnce(await resolverOf(t, [peer]), query(), end, 'udp')
   t.ok(reply?.includes(Buffer.of(198, 51, 100, 1)))
 })
 
@@ -93,15 +94,15 @@ t.test('failover', async (t) => {
   const silent: Reply = () => undefined
   for (const [why, first] of [['closed port', dead], ['SERVFAIL', await upstream(t, rcode(2))], ['REFUSED', await upstream(t, rcode(5))], ['silence', await upstream(t, silent)]] as const) {
     const second = await upstream(t, good)
-    const reply = await (await resolverOf(t, [first, second])).ask(query(), end, 'udp')
+    const reply = await askOnce(await resolverOf(t, [first, second]), query(), end, 'udp')
     t.equal(reply?.readUInt16BE(6), 1, why)
     t.equal(second.asked, 1, why)
   }
   const nobody = await upstream(t, good)
-  const nxdomain = await (await resolverOf(t, [await upstream(t, rcode(3)), nobody])).ask(query(), end, 'udp')
+  const nxdomain = await askOnce(await resolverOf(t, [await upstream(t, rcode(3)), nobody]), query(), end, 'udp')
   t.equal(rcodeOf(nxdomain as Buffer), 3, 'NXDOMAIN is an answer')
   t.equal(nobody.asked, 0)
-  const both = await (await resolverOf(t, [await upstream(t, rcode(2)), await upstream(t, rcode(5))])).ask(query(), end, 'udp')
+  const both = await askOnce(await resolverOf(t, [await upstream(t, rcode(2)), await upstream(t, rcode(5))]), query(), end, 'udp')
   t.equal(rcodeOf(both as Buffer), 2, 'all fail: the first one\'s refusal')
 })
 
@@ -109,14 +110,14 @@ t.test('nobody answers: null in time, and a silent upstream is asked last from t
   const silent = await upstream(t, () => undefined)
   const resolver = await resolverOf(t, [silent], 300)
   const started = performance.now()
-  t.same(await Promise.all([1, 2, 3].map(() => resolver.ask(query(), end, 'udp'))), [null, null, null])
+  t.same(await Promise.all([1, 2, 3].map(() => askOnce(resolver, query(), end, 'udp'))), [null, null, null])
   t.ok(performance.now() - started < 2000)
 
   const second = await upstream(t, good)
   const pair = await resolverOf(t, [silent, second], 5000)
-  await Promise.all([1, 2, 3].map(() => pair.ask(query(), end, 'udp')))
+  await Promise.all([1, 2, 3].map(() => askOnce(pair, query(), end, 'udp')))
   const before = silent.asked
-  await pair.ask(query(), end, 'udp')
+  await askOnce(pair, query(), end, 'udp')
   t.equal(silent.asked, before)
 })
 
@@ -135,17 +136,17 @@ t.test('a truncated answer is asked for over TCP, for clients that can take it',
   await once(server, 'listening')
   t.teardown(() => server.close())
   const resolver = await resolverOf(t, [peer], 1000)
-  t.ok((await resolver.ask(query(), end, 'tcp'))?.includes(Buffer.of(198, 51, 100, 2)))
-  t.equal(((await resolver.ask(query(), end, 'udp')) as Buffer)[2]! & 2, 2, 'a UDP client gets the truncation')
+  t.ok((await askOnce(resolver, query(), end, 'tcp'))?.includes(Buffer.of(198, 51, 100, 2)))
+  t.equal(((await askOnce(resolver, query(), end, 'udp')) as Buffer)[2]! & 2, 2, 'a UDP client gets the truncation')
   whole = (asked) => message({ id: asked.readUInt16BE(0), flags: replyFlags, name: 'other.example' })
-  t.equal(await resolver.ask(query(), end, 'tcp'), null, 'another question\'s answer')
+  t.equal(await askOnce(resolver, query(), end, 'tcp'), null, 'another question\'s answer')
   const udpOnly = await resolverOf(t, [peer], 1000, false)
-  t.equal(((await udpOnly.ask(query(), end, 'tcp')) as Buffer)[2]! & 2, 2, 'where TCP is not let out')
+  t.equal(((await askOnce(udpOnly, query(), end, 'tcp')) as Buffer)[2]! & 2, 2, 'where TCP is not let out')
 })
 
 t.test('closing answers everybody', async (t) => {
   const resolver = await createResolver({ upstreams: [await upstream(t, () => undefined)], timeoutMs: 60_000, tcp: () => true }, () => performance.now())
-  const asked = resolver.ask(query(), end, 'udp')
+  const asked = askOnce(resolver, query(), end, 'udp')
   resolver.close()
   t.equal(await asked, null)
 })
@@ -158,11 +159,11 @@ t.test('a probe leaves out who is silent, until it is not', async (t) => {
   const resolver = await resolverOf(t, [sleeper, refuser, well], 300)
   t.same((await resolver.probe(query())).map(({ port }) => port), [sleeper.port], 'a refusal is an answer')
   const asked = sleeper.asked
-  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
   t.equal(sleeper.asked, asked, 'not asked')
   alive = true
   t.same(await resolver.probe(query()), [])
-  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 2)), 'first in order again')
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 2)), 'first in order again')
 })
 
 t.test('nobody answers a probe: all are asked', async (t) => {
@@ -178,7 +179,7 @@ t.test('nobody answers a probe: all are asked', async (t) => {
   t.match(warnings, [`[dns] upstream probe: no answer from 127.0.0.1:${peers[0]?.port}`, `[dns] upstream probe: no answer from 127.0.0.1:${peers[1]?.port}`, /no upstream answers, all of them are asked/])
   alive = true
   await resolver.probe(query())
-  t.ok(await resolver.ask(query(), end, 'udp'))
+  t.ok(await askOnce(resolver, query(), end, 'udp'))
 })
 
 t.test('an upstream that no route leads to is left out; without any other there is no start', async (t) => {
@@ -187,7 +188,7 @@ t.test('an upstream that no route leads to is left out; without any other there 
   const nowhere = { address: '255.255.255.255', port: 53 }
   const resolver = await resolverOf(t, [nowhere, well])
   t.match(resolver.unroutable, [/^255\.255\.255\.255: /])
-  t.ok((await resolver.ask(query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
   t.same([resolver.upstreams, await resolver.probe(query())], [1, []])
   await t.rejects(createResolver({ upstreams: [nowhere], timeoutMs: 300, tcp: () => true }, () => performance.now()), /no upstream can be reached: 255\.255\.255\.255: connect EACCES/)
 })

@@ -131,11 +131,11 @@ function placeOf(host: string, answers: readonly { type: number; data: string; t
   const place = createControlPlace({
     host, port: 8443, ipv6, nft, now: () => time,
     resolver: {
-      ask: async (query, end) => {
+      ask: (query, end, _transport, done) => {
         const type = query.readUInt16BE(end - 4)
         asked.push(type)
         const records = answers.filter((record) => record.type === type).slice(-1)
-        return message({ id: query.readUInt16BE(0), flags: replyFlags, name: host, type, answers: records.map((record) => ({ name: toQuestion, ...record })) })
+        done(message({ id: query.readUInt16BE(0), flags: replyFlags, name: host, type, answers: records.map((record) => ({ name: toQuestion, ...record })) }))
       },
     },
   })
