@@ -7,6 +7,8 @@ import { availableParallelism, loadavg, release } from 'node:os'
 import path from 'node:path'
 import { parseArgs } from 'node:util'
 import { egress } from './load/egress.ts'
+import { egressContainers } from './load/egress-containers.ts'
+import { egressFlows } from './load/egress-flows.ts'
 import { gateway } from './load/gateway.ts'
 import { routes } from './load/routes.ts'
 import { websocket } from './load/websocket.ts'
@@ -21,7 +23,7 @@ import { runLoad, type Target } from './rounds.ts'
 
 type Options = { readonly seconds: number; readonly rounds: number | null }
 
-const targets: Readonly<Record<string, Target>> = { gateway, websocket, routes, workers, egress, server, 'server-at-once': serverAtOnce, 'server-many': serverMany }
+const targets: Readonly<Record<string, Target>> = { gateway, websocket, routes, workers, egress, 'egress-flows': egressFlows, 'egress-containers': egressContainers, server, 'server-at-once': serverAtOnce, 'server-many': serverMany }
 const defaults: Options = { seconds: 1, rounds: null }
 
 await main()
