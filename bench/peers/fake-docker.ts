@@ -7,7 +7,7 @@ import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
 import { labels } from '#policies/wire.ts'
 
-type Container = { readonly id: string; readonly name: string; readonly image: string; readonly labels: Readonly<Record<string, string>>; readonly created: number; readonly network: string; state: 'created' | 'running'; address: string }
+type Container = { readonly id: string; readonly name: string; readonly image: string; readonly command: readonly string[]; readonly labels: Readonly<Record<string, string>>; readonly created: number; readonly network: string; state: 'created' | 'running'; address: string }
 type Json = Readonly<Record<string, any>>
 
 export class FakeDocker {
@@ -67,7 +67,7 @@ export class FakeDocker {
 
   #create(name: string, body: Json): string {
     const id = randomBytes(32).toString('hex')
-    this.#containers.set(id, { id, name, image: body['Image'], labels: body['Labels'], created: Date.now(), network: body['HostConfig'].NetworkMode, state: 'created', address: '' })
+    this.#containers.set(id, { id, name, image: body['Image'], command: body['Cmd'] ?? [], labels: body['Labels'], created: Date.now(), network: body['HostConfig'].NetworkMode, state: 'created', address: '' })
     this.#tell('create', this.#containers.get(id)!)
     return id
   }
@@ -105,7 +105,7 @@ export class FakeDocker {
 
 function inspected(container: Container): Json {
   const running = container.state === 'running'
-  return { Id: container.id, State: { Status: container.state, Running: running, Paused: false, ExitCode: 0, StartedAt: new Date(container.created).toISOString() }, NetworkSettings: networks(container) }
+  return { Id: container.id, Config: { Cmd: container.command }, State: { Status: container.state, Running: running, Paused: false, ExitCode: 0, StartedAt: new Date(container.created).toISOString() }, NetworkSettings: networks(container) }
 }
 
 function networks({ network, address }: Container): Json {
