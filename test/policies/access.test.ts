@@ -51,8 +51,9 @@ t.test('the decision table', async (t) => {
     t.match(answer.ok ? answer.by : answer.detail, wanted, `${wanted} ${why}`)
   }
   t.match(decideAccess({ token: 'tok', header: undefined, route: signed, keys: new Map(), now }), { ok: false, fault: 'EDGE_VERIFIER_MISSING' })
-  t.equal(equalSecret('a', 'a'), true)
-  t.equal(equalSecret('a', 'ab'), false)
+  const long = 'x'.repeat(300)
+  for (const [given, wanted] of [['a', 'a'], ['', ''], ['é€😀', 'é€😀'], ['€'.repeat(85), '€'.repeat(85)], [long, long]] as const) t.equal(equalSecret(given, wanted), true, `${given.length} characters`)
+  for (const [given, wanted] of [['a', 'ab'], ['a', 'b'], ['a', 'a\0'], ['', '\0'], ['é', 'e'], [long, `${long}x`], [long, 'x'], ['x', long], ['€'.repeat(85), `${'€'.repeat(84)}a`]] as const) t.equal(equalSecret(given, wanted), false, JSON.stringify([given, wanted]))
 })
 
 t.test('our own tokens', async (t) => {
