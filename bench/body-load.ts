@@ -44,7 +44,7 @@ export async function drain(load: BodyLoad): Promise<Sample> {
 
 async function within<T>(work: Promise<T>): Promise<T> {
   const patient = new AbortController()
-  const late = delay(patience, undefined, { signal: patient.signal }).then(() => { throw new Error(`an answer is stuck for ${patience / 1000} s`) })
+  const late = delay(patience, undefined, { signal: patient.signal, ref: false }).then(() => { throw new Error(`an answer is stuck for ${patience / 1000} s`) })
   late.catch(() => undefined)
   return Promise.race([work, late]).finally(() => patient.abort())
 }
