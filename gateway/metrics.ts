@@ -7,16 +7,25 @@ export type Gauges = { readonly routes: () => number; readonly tunnels: () => nu
 
 export class Metrics {
   readonly registry = new Registry()
-  /** Requests by method, status and type, counted in a plain map: a labelled counter costs a microsecond a request. */
-  readonly #requests = new Map<string, number>()
+  /** Requests by type, method and status, counted in plain numbers: a labelled counter costs a microsecond a request. */
+  readonly #requests = { http: new Map<string, Float64Array>(), websocket: new Map<string, Float64Array>() }
   readonly #resolutions = { success: 0, not_found: 0, not_ready: 0, error: 0 }
   readonly #refused = new Map<string, number>()
   readonly #durations = { http: new Float64Array(countAt + 1), websocket: new Float64Array(countAt + 1) }
 
   constructor(gauges: Gauges) {
     const registers = [this.registry]
-    const requests: Counter = new Counter({ name: 'ingress_http_request_count', help: 'Requests answered', labelNames: ['method', 'status_code', 'proxy_type'], registers, collect: () => this.#fill(requests, this.#requests) })
-    const refused: Counter = new Counter({ name: 'sallyport_gateway_refused_count', help: 'Requests the gateway refused, by fault code', labelNames: ['code'], registers, collect: () => this.#fill(refused, this.#refused) })
+    const requests: Counter = new Counter({ name: 'ingress_http_request_count', help: 'Requests answered', labelNames: ['method', 'status_code', 'proxy_type'], registers, collect: () => this.#fillRequests(requests) })
+    const refused: Counter = new Counter({
+      name: 'sallyport_gateway_refused_count',
+      help: 'Requests the gateway refused, by fault code',
+      labelNames: ['code'],
+      registers,
+      collect: () => {
+        refused.reset()
+        for (const [code, count] of this.#refused) refused.inc({ code }, count)
+      },
+    })
     const resolutions: Counter = new Counter({
       name: 'ingress_routing_resolutions_count',
       help: 'Route lookups by result',
@@ -53,8 +62,10 @@ export class Metrics {
   /** Called once per request at its end. */
   done(visit: Visit, now: number): void {
     const type = visit.upgraded ? 'websocket' : 'http'
-    const key = `${visit.request.method} ${visit.status} ${type}`
-    this.#requests.set(key, (this.#requests.get(key) ?? 0) + 1)
+    const method = visit.request.method as string
+    let statuses = this.#requests[type].get(method)
+    if (statuses === undefined) this.#requests[type].set(method, (statuses = new Float64Array(statusLimit)))
+    statuses[visit.status] = (statuses[visit.status] as number) + 1
     if (visit.code !== '') this.#refused.set(visit.code, (this.#refused.get(visit.code) ?? 0) + 1)
     const seconds = (now - visit.startedAt) / 1000
     const row = this.#durations[type]
@@ -65,11 +76,12 @@ export class Metrics {
     row[countAt] = (row[countAt] as number) + 1
   }
 
-  #fill(counter: Counter, counts: ReadonlyMap<string, number>): void {
+  #fillRequests(counter: Counter): void {
     counter.reset()
-    for (const [key, count] of counts) {
-      const [first, status, type] = key.split(' ') as [string, string | undefined, string | undefined]
-      counter.inc(status === undefined ? { code: first } : { method: first, status_code: status, proxy_type: type as string }, count)
+    for (const [type, methods] of Object.entries(this.#requests)) {
+      for (const [method, statuses] of methods) {
+        for (const [status, count] of statuses.entries()) if (count > 0) counter.inc({ method, status_code: String(status), proxy_type: type }, count)
+      }
     }
   }
 
@@ -108,6 +120,8 @@ export function textOfCounts(counts: Counted[]): Promise<string> {
   return AggregatorRegistry.aggregate(counts).metrics()
 }
 
+/** Statuses are below this; 0 stands for requests that ended without one. */
+const statusLimit = 1000
 /** Upper bounds, seconds. */
 const buckets = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 /** Behind the buckets and their overflow stand the sum and the count. */

@@ -5,7 +5,7 @@
 import type { LookupOptions } from 'node:dns'
 import { connect as netConnect, isIP, type LookupFunction, type Socket, type TcpNetConnectOpts } from 'node:net'
 import { performance } from 'node:perf_hooks'
-import { Client, Pool, type Dispatcher } from 'undici'
+import { Client, type Dispatcher } from 'undici'
 import { Fault } from '#policies/fault.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
 import type { LookupCallback } from './upstream-guard.ts'
@@ -34,7 +34,14 @@ const keepIdle = 4_000
 const forgetAfter = 60_000
 const largestHead = 256 * 1024
 
-/** The connections to one port of one life of a sandbox. */
+/** The origin is a placeholder: the address is dialled by our own connector and the Host is a header of ours. */
+const placeholder = new URL('http://sandbox.invalid')
+const lineOptions: Client.Options = { pipelining: 1, keepAliveTimeout: keepIdle, keepAliveMaxTimeout: 60_000, headersTimeout: 0, bodyTimeout: 0, maxHeaderSize: largestHead }
+
+/**
+ * The connections to one port of one life of a sandbox. undici's own Pool looks through all its connections twice a request, those held by
+ * long streams first, and loses one for good with every request that it refuses; a list of the free ones does neither.
+ */
 export class Upstream implements Belonging {
   readonly authority: string
   readonly since: number
@@ -43,33 +50,41 @@ export class Upstream implements Belonging {
   /** Has a connection ever stood? Then a refusal is not a port that is still booting. */
   reached = false
   #lastUsed: number
-  readonly #pool: Pool
+  readonly #host: string
+  readonly #port: number
+  readonly #options: RelayOptions
   readonly #lines = new Set<Line>()
+  /** The one that became free last is taken first: its connection is the most likely to stand. */
+  readonly #free: Line[] = []
 
   constructor(host: string, port: number, options: RelayOptions, now: number) {
     this.authority = isIP(host) === 6 ? `[${host}]:${port}` : `${host}:${port}`
     this.since = now
     this.#lastUsed = now
-    // The origin is a placeholder: the address is dialled by our own connector and the Host is a header of ours.
-    this.#pool = new Pool('http://sandbox.invalid', {
-      connections: options.maxRequests,
-      pipelining: 1,
-      keepAliveTimeout: keepIdle,
-      keepAliveMaxTimeout: 60_000,
-      headersTimeout: 0,
-      bodyTimeout: 0,
-      maxHeaderSize: largestHead,
-      factory: (origin, given) => {
-        const line = new Line(origin, given, this, host, port, options)
-        this.#lines.add(line)
-        return line
-      },
-    })
+    this.#host = host
+    this.#port = port
+    this.#options = options
   }
 
   dispatch(request: Dispatcher.DispatchOptions, relay: Handler, now: number): void {
     this.#lastUsed = now
-    this.#pool.dispatch(request, relay)
+    const line = this.#free.pop() ?? this.#openLine()
+    line.free = false
+    // undici tells when a line has done its work, but not when it refused the request or could not even begin to dial.
+    if (!line.dispatch(request, relay) && line.stats.size === 0) this.#release(line)
+  }
+
+  #openLine(): Line {
+    const line = new Line((wire, callback) => dial(wire, this, this.#host, this.#port, this.#options, callback))
+    this.#lines.add(line)
+    line.on('drain', () => this.#release(line))
+    return line
+  }
+
+  #release(line: Line): void {
+    if (line.free) return
+    line.free = true
+    this.#free.push(line)
   }
 
   /** Gives the pool up when nobody used it for long. @returns true: gone */
@@ -83,8 +98,8 @@ export class Upstream implements Belonging {
     this.destroyed = true
     // Also a dial under way must end: the address may belong to somebody else when it completes.
     for (const line of this.#lines) line.hangUp()
+    for (const line of this.#lines) line.destroy(reason).catch(() => undefined)
     this.#lines.clear()
-    this.#pool.destroy(reason).catch(() => undefined)
   }
 }
 
@@ -97,14 +112,17 @@ export type Carried = {
 export type Handler = Dispatcher.DispatchHandler & Carried
 
 /** What a connector tells about the socket it made. */
-export type Wire = { socket: Socket | null; served: number; relay: Carried | null; dialled: number }
+export type Wire = { socket: Socket | null; served: number; relay: Carried | null }
 
 /** One upstream connection at a time, and what undici does not tell: whether it served before, and whether it was reset. */
 class Line extends Client {
   readonly wire: Wire
-  constructor(origin: URL, given: object, upstream: Upstream, host: string, port: number, options: RelayOptions) {
-    const wire: Wire = { socket: null, served: 0, relay: null, dialled: 0 }
-    super(origin, { ...given, connect: (_target, callback) => dial(wire, upstream, host, port, options, callback) })
+  /** It waits for an exchange. */
+  free = false
+
+  constructor(connect: (wire: Wire, callback: Connected) => void) {
+    const wire: Wire = { socket: null, served: 0, relay: null }
+    super(placeholder, { ...lineOptions, connect: (_target, callback) => connect(wire, callback) })
     this.wire = wire
   }
 

@@ -16,9 +16,10 @@ import { readEvent, RouteReader, ServerProvider } from '../../gateway/providers/
 import { StaticProvider } from '../../gateway/providers/static.ts'
 import { RouteTable } from '../../gateway/routes.ts'
 import { FailureThrottle } from '../../gateway/throttle.ts'
+import { Upstream, type Handler, type RelayOptions } from '../../gateway/upstream.ts'
 import { UpstreamGuard } from '../../gateway/upstream-guard.ts'
 import { VerifiedMemory } from '../../gateway/verified.ts'
-import { entry, eventually } from './support.ts'
+import { entry, eventually, startHttp } from './support.ts'
 
 const problemsOf = (argv: string[], env: Record<string, string> = {}): string[] => {
   try {
@@ -276,4 +277,32 @@ t.test('the route stream: token, reconnect, relist', async (t) => {
   t.notOk(table.get('a'), 'what ended in the gap is gone')
   streams[1]?.write('nonsense\n')
   await eventually(() => streams.length === 3, 'a stream that cannot be read is opened anew')
+})
+
+t.test('a connection is free again after a request that undici refuses, and after every other end', async (t) => {
+  await using sandbox = await startHttp((request, response) => (request.url === '/breaks' ? request.socket.destroy() : response.end('ok')))
+  const connections = new Set<unknown>()
+  sandbox.server.on('request', (request) => connections.add(request.socket))
+  const options: RelayOptions = { connectTimeout: 5_000, firstByteTimeout: 0, idleTimeout: 0, bootGrace: 0, maxRequests: 8, preserveHost: false, lookup: new UpstreamGuard(true).lookup }
+  const upstream = new Upstream('127.0.0.1', sandbox.port, options, 0)
+  t.teardown(() => upstream.destroy(new Error('over')))
+  const ask = (path: string, headers: string[] = []): Promise<string> =>
+    new Promise((resolve) => {
+      const handler: Handler = { wire: null, reset: false, onRequestStart: () => undefined, onResponseStart: () => undefined, onResponseData: () => undefined, onResponseEnd: () => resolve('answered'), onResponseError: (_controller, { message }) => resolve(message) }
+      upstream.dispatch({ path, method: 'GET', headers }, handler, 0)
+    })
+  const rows: [string, string[], string, number, string][] = [
+    ['/', [], 'answered', 1, 'the first'],
+    ['/', ['not a name', ''], 'invalid header key', 1, 'refused'],
+    ['/', [], 'answered', 1, 'on the connection that the refused one gave back'],
+    ['/breaks', [], 'other side closed', 1, 'broken off'],
+    ['/', [], 'answered', 2, 'on a new connection'],
+    ['/', [], 'answered', 2, 'on the same'],
+  ]
+  for (const [path, headers, wanted, count, why] of rows) {
+    // undici gives a connection back a turn of the loop after its answer.
+    for (let turn = 0; turn < 3; turn++) await new Promise((resolve) => setImmediate(resolve))
+    t.equal(await ask(path, headers), wanted, why)
+    t.equal(connections.size, count, why)
+  }
 })
