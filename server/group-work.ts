@@ -48,7 +48,8 @@ export class GroupWork {
     } catch (error) {
       const fault = toApiError(error)
       report('create-failed', id, { code: fault.code, error: fault.message, cause: fault.cause instanceof Error ? fault.cause.message : '' })
-      await this.#undo(entry, fault.code, fault.message)
+      // When the engine is away: the next comparison with it undoes what is still there.
+      await this.#undo(entry, fault.code, fault.message).catch((late: unknown) => report('undo-failed', id, { error: String(late) }))
       throw fault
     }
   }
@@ -164,6 +165,7 @@ export function sameFacts(known: readonly Fact[], found: readonly Fact[]): boole
 
 function toApiError(error: unknown): ApiError {
   if (error instanceof ApiError) return error
+  if (error instanceof EngineError && error.status === 0) return new ApiError('DOCKER::SANDBOX_START_FAILED', 'The Docker engine cannot be reached.', { cause: error, status: 503 })
   const refusal = error instanceof EngineError && error.status >= 400 ? readRefusal(error.message) : null
   if (refusal !== null) return new ApiError('SANDBOX::INVALID_PARAMETER', formatProblems([refusal]), { cause: error })
   return new ApiError('DOCKER::SANDBOX_START_FAILED', 'The sandbox could not be started.', { cause: error })

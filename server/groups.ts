@@ -1,5 +1,5 @@
 /** The sandboxes of this server: what clients, the clock and the engine's events want done with them. */
-import { ApiError } from './api-error.ts'
+import { ApiError, notFound } from './api-error.ts'
 import type { CreateRequest } from './create-request.ts'
 import type { Found } from './docker.ts'
 import { mainMember, type Fact, type Group, type SandboxRecord } from './group.ts'
@@ -10,6 +10,7 @@ import { patchMetadata } from './metadata.ts'
 import { isUnlabelled, Ownership } from './ownership.ts'
 import { recordFromLabels } from './recover.ts'
 import { statusOf } from './sandbox-view.ts'
+import type { Touch } from './watch.ts'
 
 export type GroupsDeps = Omit<TableDeps, 'expire'> & Omit<WorkDeps, 'table' | 'ownership'> & {
   /** What the original server remembers of a sandbox that is taken over; null: nothing. */
@@ -96,11 +97,13 @@ export class Groups {
     await this.#freeze(id, 'paused', 'running', 'DOCKER::SANDBOX_NOT_PAUSED', 'DOCKER::SANDBOX_RESUME_FAILED')
   }
 
-  /** @param expiresAt ms since 1970 */
+  /** One whose time is over is as good as gone, also while it is being removed. @param expiresAt ms since 1970 */
   renew(id: string, expiresAt: number): SandboxRecord {
     const entry = this.#table.entry(id)
-    if (expiresAt <= this.#deps.now()) throw new ApiError('DOCKER::INVALID_EXPIRATION', 'expiresAt: must be in the future')
-    if (entry.group.record.expiresAt === null) throw new ApiError('DOCKER::INVALID_EXPIRATION', 'The sandbox has no expiration: it lives until it is deleted.', { status: 409 })
+    const [now, until] = [this.#deps.now(), entry.group.record.expiresAt]
+    if (expiresAt <= now) throw new ApiError('DOCKER::INVALID_EXPIRATION', 'expiresAt: must be in the future')
+    if (until === null) throw new ApiError('DOCKER::INVALID_EXPIRATION', 'The sandbox has no expiration: it lives until it is deleted.', { status: 409 })
+    if (until <= now) throw notFound(id)
     return this.#table.update(entry, { expiresAt }, false)
   }
 
@@ -113,7 +116,9 @@ export class Groups {
     if (entry === undefined || statusOf(entry.group).state !== 'Running') return false
     const { renewExtendSeconds, expiresAt } = entry.group.record
     if (renewExtendSeconds === null || expiresAt === null) return false
-    const until = this.#deps.now() + renewExtendSeconds * 1000
+    const now = this.#deps.now()
+    if (expiresAt <= now) return false
+    const until = now + renewExtendSeconds * 1000
     // What it gains is the time since it was last renewed: the throttle needs no memory of its own, and survives a restart.
     if (until - expiresAt < this.#deps.config.renew_intent.min_interval_seconds * 1000) return false
     this.#table.update(entry, { expiresAt: until }, false)
@@ -134,11 +139,13 @@ export class Groups {
     return entry.group
   }
 
-  /** Something happened to a container of this sandbox: look at it again. @param gateDied it was the sidecar's end */
-  touch(id: string, gateDied = false): void {
+  /** Something happened to a container of this sandbox: look at it again. */
+  touch(id: string, what: Touch = 'changed'): void {
     const entry = this.#table.find(id)
     if (entry === undefined) return
-    if (gateDied && entry.group.record.phase === 'creating') entry.abort.abort(new ApiError('DOCKER::SANDBOX_START_FAILED', 'The egress sidecar ended before the sandbox was complete.'))
+    // By us: whoever makes it knows.
+    if (what === 'started' && entry.group.record.phase === 'creating') return
+    if (what === 'gate died' && entry.group.record.phase === 'creating') entry.abort.abort(new ApiError('DOCKER::SANDBOX_START_FAILED', 'The egress sidecar ended before the sandbox was complete.'))
     if (entry.dirty) return
     entry.dirty = true
     this.#table.exclusive(entry, () => this.#work.look(entry)).catch((error: unknown) => this.#deps.report('look-failed', id, { error: String(error) }))

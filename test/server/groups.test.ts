@@ -25,6 +25,21 @@ t.test('a step that fails leaves nothing', async (t) => {
   }
 })
 
+t.test('the engine goes away while a sandbox is made: a clear answer, and nothing is left when it is back', async (t) => {
+  for (const [name, body] of [['without a policy', createBody], ['with a policy', { ...createBody, ...policyBody }]] as const) {
+    for (const step of ['image', 'create network', 'start main', 'address']) {
+      await using bench = new Bench()
+      let away = false
+      bench.engine.before = (call) => { if ((away ||= call === step)) throw new EngineError('connect ENOENT /var/run/docker.sock', 0) }
+      const answer = await bench.call('POST', '/sandboxes', body)
+      t.match(answer, { status: 503, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: 'The Docker engine cannot be reached.' } }, `${name}: at ${step}`)
+      bench.engine.before = () => undefined
+      await bench.groups.sweep(true)
+      t.same([bench.engine.kept.size, bench.groups.list(), bench.store.all()], [0, [], []], `${name}: at ${step}: nothing is left`)
+    }
+  }
+})
+
 t.test('the gate does not confirm: main never exists', async (t) => {
   await using bench = new Bench({ confirm: async () => { throw new Error('no rules') } })
   t.equal((await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody })).status, 500)
@@ -274,6 +289,24 @@ t.test('expiry', async (t) => {
   t.equal((await bench.call('GET', `/sandboxes/${id}`)).status, 404)
   t.equal((await bench.call('GET', `/sandboxes/${renewed}`)).status, 200)
   t.equal(bench.engine.kept.size, 1)
+})
+
+t.test('a renewal while it expires: whoever was answered lives, whoever does not is told', async (t) => {
+  const renew = (bench: Bench, id: string) => bench.call('POST', `/sandboxes/${id}/renew-expiration`, { expiresAt: '2026-06-01T00:00:00Z' })
+  await using bench = new Bench()
+  const [id, other] = [await bench.create(policyBody), await bench.create(policyBody)]
+  bench.clock.now += 599_999
+  t.equal((await renew(bench, other)).status, 200, 'in the last millisecond')
+  bench.clock.now += 1
+  const [begun, go] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()]
+  bench.engine.before = async (call) => { if (call === 'list') { begun.resolve(); await go.promise } }
+  t.equal((await renew(bench, id)).status, 404, 'its time is over')
+  bench.groups.tick()
+  await begun.promise
+  t.match(await renew(bench, id), { status: 404, body: { code: 'DOCKER::SANDBOX_NOT_FOUND' } }, 'it is being removed')
+  go.resolve()
+  await bench.due()
+  t.same(bench.groups.list().map(({ record }) => record.id), [other])
 })
 
 t.test('a pull is shared, holds nobody else up, and everybody who waits for it hears how far it is', async (t) => {

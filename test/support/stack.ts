@@ -163,7 +163,7 @@ class RunningStack implements Stack {
     const args = ['server/main.ts', '--config', this.#file]
     const ready = async (): Promise<boolean> => (await request(`${this.api.url}/health`)).body.text().then(() => true)
     const started = (pid: number): Promise<void> => this.#note(pid)
-    this.#server = await startProgram({ args, env: this.#env, ready, started })
+    this.#server = await startProgram({ args, env: this.#env, ready, started, seconds: 60 })
     return this.#server
   }
 

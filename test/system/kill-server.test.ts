@@ -140,9 +140,12 @@ async function disagreements(stack: Stack, load: Load, before: Awaited<ReturnTyp
   const problems: string[] = []
   const now = Date.now()
   for (const body of listed) {
+    if (body.status.state !== 'Running' && body.status.state !== 'Paused') {
+      problems.push(`${body.id} is ${JSON.stringify(body.status)}`)
+      continue
+    }
     const known = load.known.get(body.id) ?? load.adopt(body)
     const expiresAt = Date.parse(body.expiresAt ?? '')
-    if (body.status.state !== 'Running' && body.status.state !== 'Paused') problems.push(`${body.id} is ${JSON.stringify(body.status)}`)
     if (known.deletion === 'answered') problems.push(`${body.id} was deleted`)
     if (known.most + late < now) problems.push(`${body.id} lives on ${now - known.most} ms after its time`)
     if (!(expiresAt >= known.least && expiresAt <= known.most)) problems.push(`${body.id} expires at ${expiresAt}, not ${known.least}–${known.most}`)
