@@ -1,10 +1,13 @@
 /** The webhook: what is sent, what is tried again, what is dropped; and the lookups of its name. */
 import { once } from 'node:events'
 import { createServer, type IncomingMessage, type ServerResponse } from 'node:http'
+import { createServer as createTlsServer } from 'node:https'
 import type { AddressInfo } from 'node:net'
+import { getCACertificates, setDefaultCACertificates } from 'node:tls'
 import t, { type Test } from 'tap'
 import { createControlPlace } from '../../egress-sidecar/control.ts'
 import { createWebhook } from '../../egress-sidecar/webhook.ts'
+import { makeCertificate } from '../support/certificate.ts'
 import { fakeNft } from './fake-nft.ts'
 import { message, replyFlags, toQuestion, types } from './message.ts'
 
@@ -122,6 +125,45 @@ t.test('closed: what waits is lost, nothing is sent any more', async (t) => {
   await new Promise(setImmediate)
   t.equal(peer.got.length, 1)
   t.same(warnings, [])
+})
+
+t.test('over https: told to whoever proves the name, and to nobody else', async (t) => {
+  const [trusted, unknown, other, over] = [makeCertificate(['hook.example']), makeCertificate(['hook.example']), makeCertificate(['other.example']), makeCertificate(['hook.example'], Date.now() - 86_400_000)]
+  const before = getCACertificates('default')
+  setDefaultCACertificates([trusted, other, over].map(({ cert }) => cert))
+  t.teardown(() => setDefaultCACertificates(before))
+  const got: string[] = []
+  let told: () => void = () => undefined
+  const server = createTlsServer(unknown, async (request, response) => {
+    for await (const part of request) got.push((JSON.parse(String(part)) as { hostname: string }).hostname)
+    response.writeHead(204).end()
+    told()
+  })
+  server.listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => {
+    server.closeAllConnections()
+    server.close()
+  })
+  const { webhook, warnings, pauses, untilWarned } = await webhookTo(t, new URL(`https://hook.example:${(server.address() as AddressInfo).port}/`))
+  for (const [why, certificate, warning] of [
+    ['an authority that nobody trusts', unknown, /unknown\.example: (self.signed certificate|unable to verify)/i],
+    ['another name', other, /name\.example: .*does not match certificate/],
+    ['yesterday', over, /over\.example: certificate has expired/],
+  ] as const) {
+    server.setSecureContext(certificate)
+    server.closeAllConnections()
+    warnings.length = pauses.length = 0
+    webhook.denied(`${certificate === unknown ? 'unknown' : certificate === other ? 'name' : 'over'}.example`)
+    await untilWarned()
+    t.match(warnings, [warning], why)
+    t.same([pauses, got], [[1000, 2000, 4000], []], `${why}: tried again like any failure, told nothing`)
+  }
+  server.setSecureContext(trusted)
+  const heard = new Promise<void>((resolve) => (told = resolve))
+  webhook.denied('last.example')
+  await heard
+  t.same(got, ['last.example'], 'refusals stop nothing: the next event is delivered')
 })
 
 function placeOf(host: string, answers: readonly { type: number; data: string; ttl: number }[], ipv6 = true) {

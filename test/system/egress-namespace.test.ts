@@ -1,7 +1,8 @@
 /** The sidecar as a process in a network namespace of its own, against real nft and a small internet behind a veth. */
-import { existsSync, mkdirSync, readFileSync, rmdirSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, rmdirSync, symlinkSync } from 'node:fs'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
+import { makeCertificate } from '../support/certificate.ts'
 import { eventually } from '../support/program.ts'
 import { sized } from '../support/size.ts'
 import { createNamespaces, outside, type Namespaces, type Seen } from './egress-namespaces.ts'
@@ -191,14 +192,17 @@ t.test('a start that fails leaves everything refused', async (t) => {
   t.equal(await bad.run('nft', 'list', 'tables'), '', 'bad configuration: nothing was touched')
 })
 
-for (const [rung, tools] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'iptables', 'ip6tables']], ['cgroup-nft', ['ip', 'sh', 'mount', 'nft']]] as const) {
+for (const [rung, tools, scheme] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'iptables', 'ip6tables'], 'https'], ['cgroup-nft', ['ip', 'sh', 'mount', 'nft'], 'http']] as const) {
   t.test(`exempt by cgroup, ${rung}: only the sidecar, and only to its resolver and its webhook`, async (t) => {
-    await using space = await createNamespaces()
+    const { key, cert } = makeCertificate(['ip-198-18-50-1.hook.example'])
+    const tls = t.testdir({ 'key.pem': key, 'cert.pem': cert, tools: {} })
+    await using space = await createNamespaces({ tls })
     await using cgroup = await ownCgroup()
     // A machine that has just these programs.
-    const PATH = t.testdir(Object.fromEntries(tools.map((tool) => [tool, t.fixture('symlink', programPath(tool))])))
+    const PATH = `${tls}/tools`
+    for (const tool of tools) symlinkSync(programPath(tool), `${PATH}/${tool}`)
     const hook = '198.18.50.1'
-    const sidecar = await space.startSidecar({ PATH, OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_DENY_WEBHOOK: 'http://ip-198-18-50-1.hook.example:8443/denied?from=us', OPENSANDBOX_EGRESS_SANDBOX_ID: 'box' }, cgroup.path)
+    const sidecar = await space.startSidecar({ PATH, OPENSANDBOX_EGRESS_EXEMPTION: 'cgroup', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_DENY_WEBHOOK: `${scheme}://ip-198-18-50-1.hook.example:8443/denied?from=us`, OPENSANDBOX_EGRESS_SANDBOX_ID: 'box', NODE_EXTRA_CA_CERTS: `${tls}/cert.pem` }, cgroup.path)
     t.match(sidecar.log(), `"exemption":"${rung}"`)
     t.equal((await space.ask({ ask: 'ip-198-18-0-1.ok.example' }))[0]?.answers, 1)
     t.equal((await space.ask({ ask: 'many-500.ok.example', tcp: true }))[0]?.answers, 500, 'truncated over UDP, asked again over TCP')
@@ -208,7 +212,7 @@ for (const [rung, tools] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'i
     t.same(space.seen.filter((line) => line.name === 'evil.example' || line.to?.endsWith('198.18.200.1')), [])
 
     await space.ask({ ask: 'Secret.Evil.example' }, { ask: 'secret.evil.example', type: 28 }, { ask: 'ip-198-18-50-1.hook.example' })
-    const posts = (): Seen[] => space.seen.filter((line) => line.saw === 'post')
+    const posts = (): Seen[] => space.seen.filter((line) => line.saw === 'post' && line.secure === (scheme === 'https'))
     await eventually('every denied question is told', async () => (posts().length >= 4 ? true : undefined))
     const [headers = '', body = ''] = posts()[1]?.text?.split('\r\n\r\n') ?? []
     t.match(headers, /^POST \/denied\?from=us HTTP\/1\.1\r\n[\s\S]*host: ip-198-18-50-1\.hook\.example:8443/i)

@@ -9,7 +9,7 @@ export const outside = { v4: '198.51.100.53', v6: '2001:db8:53::53', other: '198
 export const openPorts = [80, 443, 853, 8443] as const
 let made = 0
 
-export type Seen = { saw: string; name?: string; type?: number; to?: string; port?: number; length?: number; text?: string }
+export type Seen = { saw: string; name?: string; type?: number; to?: string; port?: number; length?: number; text?: string; secure?: boolean }
 
 export interface Namespaces extends AsyncDisposable {
   /** Name of the guarded namespace. */
@@ -29,7 +29,8 @@ export type RunningSidecar = {
   end(signal: NodeJS.Signals): Promise<number | string>
 }
 
-export async function createNamespaces({ ipv6 = true }: { ipv6?: boolean } = {}): Promise<Namespaces> {
+/** @param tls folder with key.pem and cert.pem: the TCP servers outside then also speak TLS */
+export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boolean; tls?: string } = {}): Promise<Namespaces> {
   const prefix = `egress-${process.pid}-${++made}`
   const inside = `${prefix}-in`
   const internet = `${prefix}-out`
@@ -68,7 +69,7 @@ export async function createNamespaces({ ipv6 = true }: { ipv6?: boolean } = {})
       children.push(child)
       return child
     }
-    const server = start(internet, 'egress-outside.ts', outside.v4, outside.v6, outside.other, openPorts.join(','))
+    const server = start(internet, 'egress-outside.ts', outside.v4, outside.v6, outside.other, openPorts.join(','), tls)
     await new Promise<void>((resolve, reject) => {
       createInterface({ input: server.stdout }).on('line', (line) => {
         seen.push(JSON.parse(line) as Seen)

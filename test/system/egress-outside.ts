@@ -1,13 +1,16 @@
 /**
  * The internet of the egress namespace tests: runs inside a network namespace that owns the addresses, answers DNS and every TCP and
  * UDP port it is told to, and prints one JSON line for whatever reaches it.
- *   node egress-outside.ts <its IPv4> <its IPv6> <IPv4 of every other name> <port,port,…>
+ *   node egress-outside.ts <its IPv4> <its IPv6> <IPv4 of every other name> <port,port,…> [folder with key.pem and cert.pem]
+ * With a folder the TCP ports also take TLS, told by its first byte.
  */
 import { createSocket } from 'node:dgram'
-import { createServer } from 'node:net'
+import { readFileSync } from 'node:fs'
+import { createServer, type Socket } from 'node:net'
+import { createServer as createTlsServer } from 'node:tls'
 import dns2 from 'dns2'
 
-const [v4 = '', v6 = '', site = '', ports = ''] = process.argv.slice(2)
+const [v4 = '', v6 = '', site = '', ports = '', folder = ''] = process.argv.slice(2)
 const { Packet } = dns2
 type Question = { name: string; type: number }
 type Answer = object
@@ -48,18 +51,30 @@ server.on('requestError', (error: Error) => report({ saw: 'dns-error', text: Str
 await server.listen({ udp: { port: 53, address: v4 }, tcp: { port: 53, address: v4 } })
 
 for (const port of ports.split(',').map(Number)) {
+  const talk = (socket: Socket, data: Buffer, secure: boolean): void => {
+    const text = data.toString('latin1')
+    if (text.startsWith('POST ')) {
+      report({ saw: 'post', to: socket.localAddress, port, text, secure })
+      socket.write('HTTP/1.1 204 No Content\r\n\r\n')
+      return
+    }
+    report({ saw: 'bytes', to: socket.localAddress, port, length: data.length })
+    socket.write(data)
+  }
+  const secured = folder === '' ? null : createTlsServer({ key: readFileSync(`${folder}/key.pem`), cert: readFileSync(`${folder}/cert.pem`) }, (socket) => {
+    socket.on('error', () => socket.destroy()).on('data', (data) => talk(socket, data, true))
+  })
   const tcp = createServer((socket) => {
     report({ saw: 'tcp', to: socket.localAddress, port })
     socket.on('error', () => socket.destroy())
-    socket.on('data', (data) => {
-      const text = data.toString('latin1')
-      if (text.startsWith('POST ')) {
-        report({ saw: 'post', to: socket.localAddress, port, text })
-        socket.write('HTTP/1.1 204 No Content\r\n\r\n')
+    socket.once('data', (data) => {
+      if (secured !== null && data[0] === 0x16) {
+        socket.pause().unshift(data)
+        secured.emit('connection', socket)
         return
       }
-      report({ saw: 'bytes', to: socket.localAddress, port, length: data.length })
-      socket.write(data)
+      talk(socket, data, false)
+      socket.on('data', (more) => talk(socket, more, false))
     })
   })
   tcp.listen({ port, host: '::' })
