@@ -107,9 +107,9 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   })
   // Counted in readRequestHead: Node's own limit would drop the fields behind it without a word.
   server.maxHeadersCount = 0
-  server.on('request', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, false))
-  server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
-  server.on('checkExpectation', (request: IncomingMessage, response: ServerResponse) => handle(edge, request, response, true))
+  server.on('request', (request: IncomingMessage, response: ServerResponse) => sentTooFarAhead(edge, request) || handle(edge, request, response, false))
+  server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => sentTooFarAhead(edge, request) || handle(edge, request, response, true))
+  server.on('checkExpectation', (request: IncomingMessage, response: ServerResponse) => sentTooFarAhead(edge, request) || handle(edge, request, response, true))
   server.on('upgrade', (request: IncomingMessage, socket: Socket, early: Buffer) => handleUpgrade(edge, request, socket, early))
   server.on('connect', (_request: IncomingMessage, socket: Socket) => answerRaw(socket, 405, 'OpenSandbox Ingress: CONNECT is not supported\n'))
   server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(edge, error, socket))
@@ -201,6 +201,24 @@ function requestIds(): () => string {
   const prefix = randomBytes(6).toString('hex')
   let counter = 0
   return () => `${prefix}-${(counter++).toString(36)}`
+}
+
+/** Requests of one connection that may wait for their answers. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */
+const mostSentAhead = 64
+
+/**
+ * node:http reads on while requests wait, and stops seeing the client go: one connection could fill all places of a sandbox's port, and
+ * keep them after it left. Beyond the limit the connection ends, and its requests with it.
+ */
+function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolean {
+  const peer = peerOf(socket, edge.trustedProxies)
+  if (peer.open < mostSentAhead) return false
+  if (!socket.destroyed) {
+    edge.metrics.malformed('EDGE_OVERLOADED')
+    edge.access?.(malformedLine(peer.address, 0, 'EDGE_OVERLOADED', Date.now()))
+    socket.destroy()
+  }
+  return true
 }
 
 /** What node:http could not read as a request. The connection ends: where the next request would begin is unknown. */
