@@ -1,0 +1,123 @@
+/** The limits of the sidecar's DNS listeners: what a flood meets, and that it ends there. */
+import { createSocket } from 'node:dgram'
+import { once } from 'node:events'
+import { connect, type Socket } from 'node:net'
+import t, { type Test } from 'tap'
+import type { Done } from '../../egress-sidecar/answer.ts'
+import { listenDns, type DnsListener, type Handler } from '../../egress-sidecar/listen.ts'
+import { message } from './message.ts'
+
+const query = message({ name: 'a.example' })
+const echo: Handler = (bytes, _transport, done) => done(Buffer.from(bytes))
+const framed = (bytes: Buffer): Buffer => Buffer.concat([Buffer.of(bytes.length >> 8, bytes.length & 255), bytes])
+
+/** A port that is free for UDP may be taken for TCP. */
+async function listen(t: Test, handler: Handler): Promise<DnsListener> {
+  for (let attempt = 0; ; attempt++) {
+    try {
+      const listener = await listenDns(['127.0.0.1'], 0, handler)
+      t.teardown(() => listener.close())
+      return listener
+    } catch (error) {
+      if (attempt === 20) throw error
+    }
+  }
+}
+
+async function open(t: Test, port: number): Promise<Socket & { received: Buffer; ended: Promise<unknown> }> {
+  const socket = connect(port, '127.0.0.1')
+  const ended = new Promise((resolve) => socket.once('close', resolve))
+  const state = Object.assign(socket, { received: Buffer.alloc(0), ended })
+  socket.on('error', () => undefined).on('data', (chunk) => (state.received = Buffer.concat([state.received, chunk])))
+  t.teardown(() => socket.destroy())
+  await once(socket, 'connect')
+  return state
+}
+
+async function answered(socket: { received: Buffer }, bytes: number): Promise<void> {
+  while (socket.received.length < bytes) await once(socket as unknown as Socket, 'data')
+}
+
+t.test('TCP: 64 connections, the next is closed; one that ends makes room', async (t) => {
+  const { port } = await listen(t, echo)
+  const held = await Promise.all(Array.from({ length: 64 }, () => open(t, port)))
+  for (const socket of held) socket.write(framed(query))
+  await Promise.all(held.map((socket) => answered(socket, query.length + 2)))
+  const late = await open(t, port)
+  await late.ended
+  t.equal(late.received.length, 0, 'closed without a word')
+  held[0]!.write(framed(query))
+  await answered(held[0]!, 2 * (query.length + 2))
+  held[1]!.destroy()
+  await held[1]!.ended
+  // The server hears of the end a moment later than we do.
+  for (let attempt = 0; ; attempt++) {
+    const next = await open(t, port)
+    next.write(framed(query))
+    const done = await Promise.race([answered(next, query.length + 2).then(() => true), next.ended.then(() => false)])
+    if (done || attempt === 100) {
+      t.ok(done, 'the next one is served')
+      break
+    }
+  }
+})
+
+t.test('TCP: 128 questions, then the connection is closed', async (t) => {
+  const { port } = await listen(t, echo)
+  const socket = await open(t, port)
+  socket.write(Buffer.concat(Array.from({ length: 300 }, () => framed(query))))
+  await socket.ended
+  t.equal(socket.received.length, 128 * (query.length + 2))
+})
+
+t.test('TCP: one question at a time, the others wait unread', async (t) => {
+  const waiting: Done[] = []
+  let heard: () => void = () => undefined
+  const { port } = await listen(t, (_bytes, _transport, done) => (waiting.push(done), heard()))
+  const socket = await open(t, port)
+  const first = new Promise<void>((resolve) => (heard = resolve))
+  for (let i = 0; i < 10; i++) socket.write(framed(query))
+  await first
+  for (let i = 0; i < 20; i++) await new Promise(setImmediate)
+  t.equal(waiting.length, 1)
+  const second = new Promise<void>((resolve) => (heard = resolve))
+  waiting[0]!(Buffer.from(query))
+  await second
+  t.equal(waiting.length, 2)
+})
+
+t.test('TCP: who says nothing, and who says half of it, is not waited for', async (t) => {
+  const { port } = await listen(t, echo)
+  const [silent, half] = [await open(t, port), await open(t, port)]
+  half.write(framed(query).subarray(0, 9))
+  await Promise.all([silent.ended, half.ended])
+  t.same([silent.received.length, half.received.length], [0, 0])
+})
+
+t.test('UDP: 4,096 questions on their way, the next are dropped; an answer makes room', async (t) => {
+  const waiting: Done[] = []
+  const { port } = await listen(t, (_bytes, _transport, done) => void waiting.push(done))
+  const client = createSocket('udp4')
+  t.teardown(() => client.close())
+  client.connect(port, '127.0.0.1')
+  await once(client, 'connect')
+  const send = async (count: number): Promise<void> => {
+    // In parts, so that the listener's buffer holds them.
+    for (let i = 0; i < count; i += 64) {
+      for (let k = 0; k < 64; k++) client.send(query)
+      for (let turn = 0; turn < 10; turn++) await new Promise(setImmediate)
+    }
+  }
+  for (let attempt = 0; attempt < 200 && waiting.length < 4096; attempt++) await send(512)
+  t.equal(waiting.length, 4096)
+  await send(1024)
+  t.equal(waiting.length, 4096, 'no more, however many come')
+  for (const done of waiting.splice(0, 100)) done(null)
+  for (let attempt = 0; attempt < 200 && waiting.length < 4096; attempt++) await send(64)
+  t.equal(waiting.length, 4096, 'as many as were answered')
+})
+
+t.test('a port that is taken is no start', async (t) => {
+  const { port } = await listen(t, echo)
+  await t.rejects(listenDns(['127.0.0.1'], port, echo), /EADDRINUSE/)
+})
