@@ -72,7 +72,8 @@ export class GroupTable {
   /** Stored first, seen second. @param moved whether its state changed, for `changedAt` @throws ApiError SERVER::STORE_FAILED */
   update(entry: Entry, change: Partial<SandboxRecord>, moved = true): SandboxRecord {
     const record = { ...entry.group.record, ...change, ...(moved ? { changedAt: this.#deps.now() } : {}) }
-    this.#deps.store.put(record)
+    // Without a step of its life it is a client's wish.
+    this.#deps.store.put(record, !moved)
     this.set(entry, { record })
     return record
   }

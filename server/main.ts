@@ -64,7 +64,7 @@ const groups = new Groups({
 })
 const watch = new Watch({
   engine, instance, network: network.name,
-  touch: (id, gateDied) => groups.touch(id, gateDied),
+  touch: (id, what) => groups.touch(id, what),
   networkGone: () => network.forget(),
   sweep: async (missed) => {
     await Promise.all([groups.sweep(missed), network.guard().then(() => { guardFault = '' }, (error: unknown) => { guardFault = guardText(error) })])

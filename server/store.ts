@@ -1,7 +1,10 @@
 /**
- * What must survive kill -9: one row per sandbox in SQLite, one transaction per change, synced to disk before the
- * call returns. The row exists before the first Docker object of the group does, so whatever is found half-made at
- * the next start can be told from what is complete.
+ * What must survive kill -9: one row per sandbox in SQLite, one transaction per change, written before the call returns. The row exists
+ * before the first Docker object of the group does, so whatever is found half-made at the next start can be told from what is complete.
+ *
+ * What a client was promised of a sandbox that runs (its time, its metadata, a revocation) is synced to disk as well, and with it everything
+ * before. How far the making of one has come is not: a power cut ends the sandbox too, and what the engine still has tells the rest. An fsync
+ * waits for all that containers write at that moment, and everybody's request with it.
  */
 import { closeSync, mkdirSync, openSync } from 'node:fs'
 import { dirname } from 'node:path'
@@ -20,6 +23,7 @@ export class Store {
   readonly #delete: StatementSync
   readonly #setNote: StatementSync
   #failed = false
+  #synced = true
   /** Rows to delete. */
   readonly #gone = new Set<string>()
 
@@ -60,9 +64,9 @@ export class Store {
     return this.#db.prepare('SELECT record FROM sandboxes').all().map((row) => JSON.parse(row.record as string) as SandboxRecord)
   }
 
-  /** @throws ApiError SERVER::STORE_FAILED when the disk does not take it (then nothing has changed) */
-  put(record: SandboxRecord): void {
-    this.#write(() => this.#put.run(record.id, JSON.stringify(record)))
+  /** @param promised a power cut must not take it @throws ApiError SERVER::STORE_FAILED when the disk does not take it (then nothing has changed) */
+  put(record: SandboxRecord, promised = false): void {
+    this.#write(() => this.#put.run(record.id, JSON.stringify(record)), promised)
   }
 
   /** Many records and a note that goes with them: all of it, or nothing. @throws ApiError SERVER::STORE_FAILED */
@@ -84,7 +88,7 @@ export class Store {
   /** @throws ApiError SERVER::STORE_FAILED; then it goes with the next write that succeeds here or in `check` */
   delete(id: string): void {
     this.#gone.add(id)
-    this.#write(() => this.#deleteGone())
+    this.#write(() => this.#deleteGone(), false)
   }
 
   /** @throws when the file cannot be read any more, or written: that is tried when the last write failed */
@@ -120,8 +124,10 @@ export class Store {
   }
 
   /** A single statement outside BEGIN is its own transaction. */
-  #write(statement: () => unknown): void {
+  #write(statement: () => unknown, synced = true): void {
     try {
+      if (synced !== this.#synced) this.#db.exec(`PRAGMA synchronous = ${synced ? 'FULL' : 'NORMAL'}`)
+      this.#synced = synced
       statement()
       this.#failed = false
     } catch (error) {

@@ -8,11 +8,13 @@ import { egressMember } from './group.ts'
 export type EventEngine = {
   events(onEvent: (event: EngineEvent) => void, ended: () => void): Promise<{ close(): void }>
 }
+/** What happened to a container of a sandbox: its sidecar ended, it was started, or anything else. */
+export type Touch = 'gate died' | 'started' | 'changed'
 export type WatchDeps = {
   readonly engine: EventEngine
   readonly instance: string
   readonly network: string
-  readonly touch: (id: string, gateDied: boolean) => void
+  readonly touch: (id: string, what: Touch) => void
   readonly networkGone: () => void
   /** Compares everything; rejects when the engine cannot be asked. @param missed events may have been missed */
   readonly sweep: (missed: boolean) => Promise<void>
@@ -103,6 +105,8 @@ export class Watch {
     // Nobody's may be one that was taken over: a look tells.
     if ((owner !== undefined && owner !== this.#deps.instance) || !interesting.has(event.action)) return
     const id = event.labels[labels.id] ?? event.labels[labels.egressSidecarFor]
-    if (id !== undefined) this.#deps.touch(id, owner !== undefined && event.action === 'die' && event.labels[labels.role] === egressMember)
+    if (id === undefined) return
+    const gateDied = owner !== undefined && event.action === 'die' && event.labels[labels.role] === egressMember
+    this.#deps.touch(id, gateDied ? 'gate died' : event.action === 'start' ? 'started' : 'changed')
   }
 }

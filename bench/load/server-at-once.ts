@@ -11,7 +11,7 @@ import { accepts, freePort, type Cleanups } from '../program.ts'
 import { percentile, type Arena, type Effort, type Measure, type Sample, type Target } from '../rounds.ts'
 import { apiKey, asInProduction, bareNetwork, removeLeftovers, ServerProgram } from './server-program.ts'
 
-const atOnce = 10
+const atOnce = 50
 const entrypoint = ['sleep', '600']
 
 export const serverAtOnce: Target = { title: 'Lifecycle server: fifty creates at once', start }

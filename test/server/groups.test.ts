@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
 import { EngineError } from '../../server/docker.ts'
+import type { Touch } from '../../server/watch.ts'
 import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
@@ -373,4 +374,17 @@ t.test('the store was lost, in direct mode: every published port is known again'
   await using bench = new Bench({ toml, engine })
   await bench.groups.sweep(true)
   t.same(await endpoints(bench), before)
+})
+
+t.test('what the server itself starts is no news to it', async (t) => {
+  await using bench = new Bench()
+  const told: Touch[] = ['started', 'changed']
+  for (const what of told) {
+    bench.engine.calls.length = 0
+    bench.engine.after = (call) => { if (call === 'start main') bench.groups.touch(bench.groups.list()[0]!.record.id, what) }
+    const id = await bench.create()
+    bench.engine.after = () => undefined
+    await bench.call('DELETE', `/sandboxes/${id}`)
+    t.equal(bench.engine.calls.filter((call) => call === 'list').length, what === 'started' ? 1 : 2, `${what}: looked at before it is removed, and otherwise only when there is news`)
+  }
 })
