@@ -1,0 +1,124 @@
+/**
+ * Floods from inside: questions, connections to the sidecar, and the namespace's table of connections. Whoever floods harms itself; its policy
+ * holds all the while, its neighbour notices nothing, and it is served again afterwards.
+ */
+import t, { type Test } from 'tap'
+import { needs } from '#test/support/abilities.ts'
+import { packetsTo, questionsFor } from '#test/support/attack.ts'
+import { docker } from '#test/support/containers.ts'
+import { startInternet, type Internet } from '#test/support/internet.ts'
+import { eventually } from '#test/support/program.ts'
+import { startStack, type Sandbox } from '#test/support/stack.ts'
+
+await needs('root', 'docker', 'nft', 'iptables', 'netns')
+t.setTimeout(200_000)
+
+const denied = '198.51.100.31'
+const zones = { '*.allowed.example': { a: ['198.51.100.10'] }, '*.leak.example': { a: ['198.51.100.66'] } }
+const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: '*.allowed.example' }] }
+const seconds = 2
+
+/** Each for so many seconds, without a pause, from as many threads as help; says how much it did. */
+const floods: [why: string, program: string, least: number][] = [
+  ['questions, allowed and denied, by UDP', `
+def flood(n):
+  s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.setblocking(False); s.connect(("198.51.100.53",53)); done=0
+  while time.time()<end:
+    for suffix in ("allowed.example","leak.example"):
+      try: s.send(question("q%d-%d.%s"%(n,done,suffix))); done+=1
+      except OSError: pass
+  return done`, 2000],
+  ['connections to its DNS and its policy API, held and half spoken', `
+def flood(n):
+  held=[]; done=0
+  while time.time()<end:
+    try:
+      s=socket.create_connection(("127.0.0.1",(15353,18080)[done%2]),1); s.sendall((b"\\1",b"POST /policy HTTP/1.1\\r\\n")[done%2]); held.append(s); done+=1
+    except OSError: done+=1
+    if len(held)>200: held.pop(0).close()
+  return done`, 300],
+  // A connection is remembered for every address of the loopback that was sent to; the processes end when the table is full.
+  ["the namespace's table of connections", `
+def flood(n):
+  held=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); held.bind(("0.0.0.0",6000+n))
+  read=lambda name: int(open("/proc/sys/net/netfilter/nf_conntrack_"+name).read())
+  if os.fork()==0:
+    s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM)
+    for i in range(1,2**20):
+      try: s.sendto(b"x",("127.%d.%d.%d"%(i>>16,i>>8&255,i&255),6000+n))
+      except OSError: pass
+      if i%4096==0 and (read("count")>0.97*read("max") or time.time()>end+40): break
+    os._exit(0)
+  os.wait()
+  while time.time()<end: time.sleep(0.1)
+  return read("count") if n==0 else 0`, 200_000],
+]
+
+t.test('floods', async (t) => {
+  await using internet = await startInternet({ zones })
+  await using stack = await startStack({ internet })
+  const [flooder, neighbour] = await Promise.all([stack.create({ networkPolicy }), stack.create({ networkPolicy })])
+  const free = await stack.create()
+  const { HostConfig, State: before } = await docker.getContainer(flooder.sidecar!).inspect()
+  t.match(HostConfig, { CapAdd: ['NET_ADMIN'], CapDrop: ['ALL'], ReadonlyRootfs: true }, 'the sidecar may do no more than it must')
+  t.ok((HostConfig.Memory ?? 0) > 0 && (HostConfig.Memory ?? 0) <= 2 ** 29 && (HostConfig.PidsLimit ?? 0) > 0, 'and has limits', { memory: HostConfig.Memory, pids: HostConfig.PidsLimit })
+  await run(free, ['knock'])
+  t.ok(packetsTo(await internet.flows(), denied) > 0, 'without a policy the denied place is reached')
+  for (const [why, program, least] of floods) await t.test(why, (t) => flood(t, { internet, flooder, neighbour }, program, least))
+  const { State: after } = await docker.getContainer(flooder.sidecar!).inspect()
+  t.same([after.Running, after.OOMKilled, after.StartedAt], [true, false, before.StartedAt], 'the sidecar lived through all of it')
+  t.equal(await internet.strays(), 0)
+})
+
+async function flood(t: Test, { internet, flooder, neighbour }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox }, program: string, least: number): Promise<void> {
+  await internet.forget()
+  const flooding = run(flooder, ['flood', 'knock'], program)
+  const looked = await run(neighbour, ['look'])
+  t.equal(looked, `${lookups} of ${lookups}`, 'the neighbour asks and connects as always')
+  const done = Number(await flooding)
+  t.ok(done >= least, `it was a flood: ${done}`)
+  t.equal(packetsTo(await internet.flows(), denied), 0, 'the denied place heard nothing')
+  t.equal(questionsFor(await internet.questions(), 'leak.example'), 0, 'nobody was asked for a denied name')
+  await eventually('whoever flooded is served again', async () => ((await run(flooder, ['look'])) === `${lookups} of ${lookups}` ? true : undefined), 60)
+}
+
+const lookups = 20
+
+/** knock: at the denied place all the time; flood: two threads of it; look: ask and connect, so many times. */
+async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look')[], program = ''): Promise<string> {
+  const { stdout, stderr, code } = await sandbox.run(['python3', '-c', `${prelude}${program}\n${main}`, ...what], 60)
+  if (code !== 0) throw new Error(`${what.join()} ended with ${code}: ${stderr}`)
+  return stdout.trim()
+}
+
+const prelude = `
+import os,socket,sys,threading,time
+end=time.time()+${seconds}
+def question(name): return b"\\5\\5\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"+b"".join(bytes([len(p)])+p.encode() for p in name.split("."))+b"\\0\\0\\1\\0\\1"
+`
+const main = `
+def knock():
+  while time.time()<end:
+    for kind in (socket.SOCK_DGRAM,socket.SOCK_STREAM):
+      s=socket.socket(socket.AF_INET,kind); s.settimeout(0.2)
+      try: s.connect(("${denied}",443)); s.send(b"x")
+      except OSError: pass
+      s.close()
+    time.sleep(0.01)
+def look():
+  good=0
+  for i in range(${lookups}):
+    try:
+      address=socket.getaddrinfo("n%d.allowed.example"%i,443,socket.AF_INET)[0][4]
+      socket.create_connection(address,5).close(); good+=1
+    except OSError as error: print(error,file=sys.stderr)
+  print("%d of ${lookups}"%good)
+counts=[]
+threads=[]
+if "knock" in sys.argv: threads.append(threading.Thread(target=knock))
+if "flood" in sys.argv: threads+=[threading.Thread(target=lambda n=n: counts.append(flood(n))) for n in range(2)]
+for thread in threads: thread.start()
+if "look" in sys.argv: look()
+for thread in threads: thread.join()
+if counts: print(sum(counts))
+`
