@@ -1,7 +1,8 @@
 /** The keys of signed routes, from the command line or from a file that is read again when it changes. */
-import { readFileSync, unwatchFile, watchFile } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { parseAccessKeys, type AccessKeys } from '#policies/access.ts'
 import { ConfigError } from '#policies/config.ts'
+import { fileStamp } from './file-stamp.ts'
 
 const lookEveryMs = 1_000
 
@@ -10,6 +11,10 @@ export class KeyRing {
   readonly #text: string
   readonly #path: string
   readonly #onProblem: (reason: string) => void
+  #timer: NodeJS.Timeout | null = null
+  #looking: Promise<void> | null = null
+  /** '' so that the first look reads once more: the file may have changed since the start. */
+  #version = ''
 
   /** @param path '' when the keys are given as text; @param onProblem told about a changed file that could not be taken */
   constructor(text: string, path: string, onProblem: (reason: string) => void) {
@@ -22,17 +27,25 @@ export class KeyRing {
   start(): void {
     this.keys = this.#read()
     if (this.#path === '') return
-    watchFile(this.#path, { interval: lookEveryMs, persistent: false }, () => {
-      try {
-        this.keys = this.#read()
-      } catch (error) {
-        this.#onProblem((error as Error).message)
-      }
-    })
+    this.#timer = setInterval(() => {
+      this.#looking ??= this.#look().finally(() => (this.#looking = null))
+    }, lookEveryMs)
+    this.#timer.unref()
   }
 
   close(): void {
-    if (this.#path !== '') unwatchFile(this.#path)
+    if (this.#timer !== null) clearInterval(this.#timer)
+  }
+
+  async #look(): Promise<void> {
+    const version = await fileStamp(this.#path)
+    if (version === this.#version) return
+    this.#version = version
+    try {
+      this.keys = this.#read()
+    } catch (error) {
+      this.#onProblem((error as Error).message)
+    }
   }
 
   #read(): AccessKeys {

@@ -20,7 +20,8 @@ import { reportListening, superviseWorkers } from './workers.ts'
 const exitUsage = 64
 /** EX_UNAVAILABLE: the port or its address cannot be had now. */
 const exitUnavailable = 69
-const levels = new Set(['debug', 'info', 'warn', 'error', 'fatal'])
+/** The original's names for them. */
+const levels = new Map(['debug', 'info', 'warn', 'error', 'fatal'].map((level) => [level, level]).concat([['warning', 'warn']]) as [string, string][])
 
 function readOrExit(): ReadConfig {
   try {
@@ -45,7 +46,7 @@ function exitOnStart(error: unknown): never {
 const { config: wanted, warnings } = readOrExit()
 const fits = connectionsThatFit(readLimits())
 const config = Object.freeze({ ...wanted, maxConnections: Math.min(wanted.maxConnections, fits) })
-const log = pino({ level: levels.has(config.logLevel) ? config.logLevel : 'info', base: null, name: 'sallyport.gateway', timestamp: pino.stdTimeFunctions.isoTime, formatters: { level: (label) => ({ level: label }) } })
+const log = pino({ level: levels.get(config.logLevel) ?? 'info', base: null, name: 'sallyport.gateway', timestamp: pino.stdTimeFunctions.isoTime, formatters: { level: (label) => ({ level: label }) } })
 if (cluster.isPrimary) for (const warning of warnings) log.warn(warning)
 if (cluster.isPrimary && fits < wanted.maxConnections) log.warn({ maxConnections: fits, wanted: wanted.maxConnections }, 'the descriptor limit allows fewer connections: raise ulimit -n')
 

@@ -1,4 +1,5 @@
 /** Counts refused access attempts per client: the original's signature has 32 bits, so guessing must be slow. */
+import { isIPv6 } from 'node:net'
 import { LRUCache } from 'lru-cache'
 
 /** Clients remembered at once; the oldest are forgotten first. */
@@ -17,13 +18,23 @@ export class FailureThrottle {
   /** @param now ms of any steady clock */
   blocked(client: string, now: number): boolean {
     if (this.#limit === 0) return false
-    const known = this.#clients.get(client)
+    const known = this.#clients.get(networkOf(client))
     return known !== undefined && now - known.since < windowMs && known.count >= this.#limit
   }
 
   failed(client: string, now: number): void {
-    const known = this.#clients.get(client)
-    if (known === undefined || now - known.since >= windowMs) this.#clients.set(client, { since: now, count: 1 })
+    const known = this.#clients.get(networkOf(client))
+    if (known === undefined || now - known.since >= windowMs) this.#clients.set(networkOf(client), { since: now, count: 1 })
     else known.count++
   }
+}
+
+/** An IPv6 client has at least 2^64 addresses, and guesses from all of them: what counts is the /64 (RFC 6177). */
+function networkOf(client: string): string {
+  if (!isIPv6(client)) return client
+  const [head = '', tail] = client.split('::')
+  const before = head === '' ? [] : head.split(':')
+  const after = tail === undefined || tail === '' ? 0 : tail.split(':').length
+  const groups = tail === undefined ? before : [...before, ...Array.from({ length: 8 - before.length - after }, () => '0'), ...(tail === '' ? [] : tail.split(':'))]
+  return groups.slice(0, 4).map((group) => group.replace(/^0+(?=.)/, '').toLowerCase()).join(':')
 }

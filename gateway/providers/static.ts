@@ -1,15 +1,16 @@
 /** Routes from a JSON file. It is read again when it changes; a file with a mistake in it changes nothing. */
-import { readFile, stat } from 'node:fs/promises'
+import { readFile } from 'node:fs/promises'
 import { setImmediate } from 'node:timers/promises'
 import { ConfigError } from '#policies/config.ts'
 import { StaticRoutesReader } from '#policies/static-routes.ts'
+import { fileStamp } from '../file-stamp.ts'
 import type { Provider } from '../gateway.ts'
 import type { RouteTable } from '../routes.ts'
 import { readInSlices } from './json-slices.ts'
 
 export type StaticOptions = {
   readonly path: string
-  /** ms between two looks at the file. Asking works on every file system and survives a rename; watching does neither. */
+  /** ms between two looks at the file. */
   readonly every: number
   /** Told about a file that could not be taken, once per change. */
   readonly onProblem: (reason: string) => void
@@ -29,7 +30,7 @@ export class StaticProvider implements Provider {
 
   /** @throws ConfigError when the file cannot be read or has problems: a gateway never starts with half its routes */
   async start(): Promise<void> {
-    this.#version = await this.#stamp()
+    this.#version = await fileStamp(this.#options.path)
     await this.#load()
     this.#table.alive(Infinity)
     this.#timer = setInterval(() => {
@@ -45,21 +46,12 @@ export class StaticProvider implements Provider {
 
   async #look(): Promise<void> {
     try {
-      const version = await this.#stamp()
+      const version = await fileStamp(this.#options.path)
       if (version === this.#version) return
       this.#version = version
       await this.#load()
     } catch (error) {
       this.#options.onProblem((error as Error).message)
-    }
-  }
-
-  async #stamp(): Promise<string> {
-    try {
-      const { mtimeMs, size, ino } = await stat(this.#options.path)
-      return `${mtimeMs} ${size} ${ino}`
-    } catch (error) {
-      return `missing: ${(error as NodeJS.ErrnoException).code}`
     }
   }
 

@@ -5,12 +5,15 @@ import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
+import { NetworkTable, readNetwork } from '#policies/address.ts'
 import { ConfigError } from '#policies/config.ts'
 import { routeStreamPath, type RouteEvent } from '#policies/wire.ts'
 import { readGatewayConfig } from '../../gateway/config.ts'
 import { FrameBoundary } from '../../gateway/frame-boundary.ts'
 import { readRequestHead, RequestHead } from '../../gateway/headers.ts'
+import { KeyRing } from '../../gateway/key-ring.ts'
 import { Locator } from '../../gateway/locate.ts'
+import { clientOf, type Peer } from '../../gateway/peer.ts'
 import { narrowCookie } from '../../gateway/response-headers.ts'
 import { readEvent, RouteReader, ServerProvider } from '../../gateway/providers/server.ts'
 import { StaticProvider } from '../../gateway/providers/static.ts'
@@ -38,6 +41,10 @@ t.test('configuration: flags in Go syntax, environment, file, every problem at o
   t.ok(Object.isFrozen(read.config))
   t.ok(read.warnings.some((warning) => warning.includes('--server-token-file')), 'a secret on the command line')
   t.ok(read.warnings.some((warning) => warning.includes('--namespace')), 'a flag without effect')
+
+  // The original's own flags, as its chart and its guide write them.
+  const flags = ['--namespace=opensandbox', '--port=28888', '--provider-type=batchsandbox', '--mode=header', '--log-level=warning', '--secure-access-keys=a=c2VjcmV0LWE=,b=c2VjcmV0LWI=', '--secure-access-enabled=true', '--kubeconfig', '/k', '--renew-intent-enabled=true', '--renew-intent-redis-dsn', 'redis://127.0.0.1:6379/0', '--renew-intent-queue-key=opensandbox:renew:intent', '--renew-intent-queue-max-len=0', '-renew-intent-min-interval=60']
+  t.match(readGatewayConfig([...server, ...flags], {}).config, { port: 28888, mode: 'header', logLevel: 'warning', secureAccessKeys: 'a=c2VjcmV0LWE=,b=c2VjcmV0LWI=' })
 
   const all = problemsOf(['--port', '70000', '--mode', 'nonsense', '--unknown', 'x', 'stray', '--workers', 'two', '--server-token-file', '/nowhere'])
   for (const part of ['--port', '--mode must be one of', '--unknown is not a known flag', 'stray is not a flag', '--workers', '--provider', '--server-token-file cannot be read: ENOENT']) t.ok(all.some((problem) => problem.includes(part)), `${part} in ${all.join(' | ')}`)
@@ -147,6 +154,48 @@ t.test('failed attempts are counted per client and minute', async (t) => {
   const open = new FailureThrottle(0)
   for (let i = 0; i < 100; i++) open.failed('a', i)
   t.notOk(open.blocked('a', 100))
+})
+
+t.test('a client of many IPv6 addresses is one client', async (t) => {
+  const throttle = new FailureThrottle(1)
+  throttle.failed('2001:db8:0:7::1', 0)
+  for (const [client, blocked] of [['2001:db8:0:7:ffff::2', true], ['2001:db8::7:0:0:0:1', true], ['2001:db8:0:8::1', false], ['2001:DB8:0:0007:1::', true], ['2001:db8::', false], ['::1', false], ['10.0.0.1', false]] as const) t.equal(throttle.blocked(client, 1), blocked, client)
+})
+
+t.test('whom a chain of proxies speaks for', async (t) => {
+  const trusted = new NetworkTable()
+  for (const text of ['10.0.0.0/8', '::1']) trusted.add(readNetwork(text) as NonNullable<ReturnType<typeof readNetwork>>, 0)
+  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: 0 })
+  for (const [address, forwardedFor, client, why] of [
+    ['192.0.2.1', '6.6.6.6', '192.0.2.1', 'a stranger speaks for himself'],
+    ['10.0.0.1', '', '10.0.0.1', 'a proxy that says nothing'],
+    ['10.0.0.1', '6.6.6.6', '6.6.6.6', 'one hop'],
+    ['10.0.0.1', '6.6.6.6, 10.0.0.2', '6.6.6.6', 'two proxies of ours'],
+    ['10.0.0.1', '1.1.1.1, 6.6.6.6, 10.0.0.2', '6.6.6.6', 'what the client wrote before is a claim'],
+    ['10.0.0.1', '10.0.0.3, 10.0.0.2', '10.0.0.3', 'nobody but proxies: the farthest'],
+    ['::1', '2001:db8::6', '2001:db8::6', 'IPv6'],
+  ] as const) t.equal(clientOf(peer(address), forwardedFor, trusted), client, why)
+})
+
+t.test('a keys file: read again when it changes, kept when it cannot be read', { timeout: 60_000 }, async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'keys-'))
+  const path = join(folder, 'keys')
+  const problems: string[] = []
+  const ring = new KeyRing('', path, (problem) => void problems.push(problem))
+  t.teardown(() => {
+    ring.close()
+    rmSync(folder, { recursive: true })
+  })
+  t.throws(() => ring.start(), ConfigError, 'a gateway does not start without its keys')
+  writeFileSync(path, 'a=c2VjcmV0LWE=\n')
+  ring.start()
+  writeFileSync(path, 'a=c2VjcmV0LWE=\nb=no!\n')
+  await eventually(() => problems.length === 1, 'a mistake is told', 20_000)
+  t.same([...ring.keys.keys()], ['a'], 'and withdraws nothing')
+  t.ok(problems[0]?.startsWith(path) === true && !problems[0].includes('no!'), problems[0] ?? '')
+  writeFileSync(path, 'b=c2VjcmV0LWI=\n')
+  await eventually(() => ring.keys.has('b'), 'the new keys', 20_000)
+  t.notOk(ring.keys.has('a'), 'a key that is gone proves nothing any more')
 })
 
 t.test('what one key ring proved is forgotten with it', async (t) => {
