@@ -5,23 +5,36 @@
 import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Duplex } from 'node:stream'
-import { FrameBoundary, goingAway } from './frame-boundary.ts'
+import { FrameBoundary, goingAway, messageTooBig } from './frame-boundary.ts'
 
 export class ClientStream extends Duplex {
   readonly #socket: Socket
+  readonly #onRefused: () => void
+  /** What the sandbox sends. */
   readonly #frames = new FrameBoundary()
+  /** What the client sends; null when nobody asked for a limit. */
+  readonly #messages: FrameBoundary | null
   #open = false
   /** The first write of http-proxy-3 is a head in which repeated fields are merged. It is dropped: we sent our own. */
   #headDropped = false
-  #leaving = false
+  /** The Close frame to be said as soon as no frame is under way. */
+  #parting: Uint8Array | null = null
   #left = false
+  /** When a message of the client was too large, ms; 0: never. Since then nothing of it is passed on. */
+  refusedAt = 0
   lastByteAt = performance.now()
   bytesIn = 0
   bytesOut = 0
 
-  constructor(socket: Socket) {
+  /**
+   * @param maxMessage payload bytes of the client's messages; 0: no limit
+   * @param onRefused the client has been told that its message was too large
+   */
+  constructor(socket: Socket, maxMessage: number, onRefused: () => void) {
     super({ allowHalfOpen: true, highWaterMark: 64 * 1024 })
     this.#socket = socket
+    this.#messages = maxMessage === 0 ? null : new FrameBoundary(maxMessage)
+    this.#onRefused = onRefused
     socket.on('data', this.#onData)
     socket.on('end', () => this.push(null))
     socket.on('error', () => this.destroy())
@@ -36,25 +49,42 @@ export class ClientStream extends Duplex {
   /** The head was sent: from now on the client's connection is a tunnel, and ends as one. */
   open(): void {
     this.#open = true
-    if (this.#leaving) this.#sayGoingAway()
+    this.#part()
+  }
+
+  /** Bytes that came right behind the client's head. */
+  takeEarly(bytes: Buffer): void {
+    if (bytes.length > 0) this.#onData(bytes)
   }
 
   /** Says 1001 as soon as no frame is under way, and lets nothing of the sandbox follow it. */
   leave(): void {
-    this.#leaving = true
-    if (this.#open && this.#frames.clear) this.#sayGoingAway()
+    this.#parting ??= goingAway
+    this.#part()
   }
 
-  #sayGoingAway(): void {
-    if (this.#left) return
+  #refuseMessage(): void {
+    this.refusedAt = performance.now()
+    this.#parting = messageTooBig
+    // What still comes is thrown away, so that the end of the connection is no reset which swallows the reason.
+    this.#socket.resume()
+    this.#part()
+  }
+
+  #part(): void {
+    if (this.#parting === null || !this.#open || !this.#frames.clear) return
+    if (!this.#left) this.#socket.write(this.#parting)
     this.#left = true
-    this.#socket.write(goingAway)
+    if (this.refusedAt !== 0) this.#onRefused()
   }
 
   readonly #onData = (chunk: Buffer): void => {
+    if (this.refusedAt !== 0) return
     this.lastByteAt = performance.now()
-    this.bytesIn += chunk.length
-    if (!this.push(chunk)) this.#socket.pause()
+    const passed = this.#messages === null ? chunk.length : this.#messages.feed(chunk)
+    this.bytesIn += passed
+    if (passed > 0 && !this.push(passed === chunk.length ? chunk : chunk.subarray(0, passed))) this.#socket.pause()
+    if (this.#messages !== null && this.#messages.tooLarge) this.#refuseMessage()
   }
 
   override _read(): void {
@@ -68,16 +98,11 @@ export class ClientStream extends Duplex {
     }
     if (this.#left) return callback()
     this.lastByteAt = performance.now()
-    if (this.#leaving) {
-      const kept = this.#frames.feed(chunk, true)
-      this.bytesOut += kept
-      this.#socket.write(chunk.subarray(0, kept))
-      if (this.#frames.clear) this.#sayGoingAway()
-      return callback()
-    }
-    this.#frames.feed(chunk)
-    this.bytesOut += chunk.length
-    if (this.#socket.write(chunk)) callback()
+    const kept = this.#frames.feed(chunk, this.#parting !== null)
+    this.bytesOut += kept
+    const drained = this.#socket.write(kept === chunk.length ? chunk : chunk.subarray(0, kept))
+    this.#part()
+    if (drained) callback()
     else this.#socket.once('drain', callback)
   }
 

@@ -50,6 +50,7 @@ export const GatewayConfigSchema = Type.Object({
   maxRequestsPerPort: Type.Integer({ minimum: 1, default: 1_024, description: 'requests at once to one port of one sandbox' }),
   maxUpgradesPerSandbox: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per sandbox' }),
   maxUpgradesPerClient: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per client address' }),
+  maxMessageBytes: count(0, 'largest WebSocket message of a client, bytes as sent, all its frames together; 0: no limit'),
 })
 export type GatewayConfig = Static<typeof GatewayConfigSchema>
 

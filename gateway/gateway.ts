@@ -67,6 +67,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     lookup: guard.lookup,
     maxPerSandbox: config.maxUpgradesPerSandbox,
     maxPerClient: config.maxUpgradesPerClient,
+    maxMessage: config.maxMessageBytes,
   }
   let draining = false
   let connections = 0

@@ -252,7 +252,8 @@ function flushHead(relay: HttpRelay): void {
   relay.flushHead()
 }
 
-function hostName(host: string | undefined): string {
+/** Without the port, lower-case; '' when there is no Host. */
+export function hostName(host: string | undefined): string {
   if (host === undefined) return ''
   const colon = host.lastIndexOf(':')
   return (colon > host.lastIndexOf(']') ? host.slice(0, colon) : host).toLowerCase()

@@ -8,15 +8,17 @@ import type { Socket } from 'node:net'
 import httpProxy from 'http-proxy-3'
 import { Fault, toFault } from '#policies/fault.ts'
 import { ClientStream } from './client-stream.ts'
-import { connectionOptions } from './headers.ts'
 import type { Refusal } from './relay-http.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
+import { answerFields, headText, upgradeFields } from './upgrade-heads.ts'
 import type { RelayOptions } from './upstream.ts'
 import type { Visit } from './visit.ts'
 
 export type UpgradeOptions = RelayOptions & {
   readonly maxPerSandbox: number
   readonly maxPerClient: number
+  /** Bytes of the largest message a client may send, all its frames together; 0: no limit. */
+  readonly maxMessage: number
 }
 
 /** All tunnels of one gateway. */
@@ -66,12 +68,13 @@ export class UpgradeRelay {
     this.#proxy.ws(
       tunnel.request as IncomingMessage,
       tunnel.client as unknown as Socket,
-      early,
+      noBytes,
       { target: { protocol: 'http:', host, port: visit.port }, agent: this.#agentOf(sandbox), toProxy: true, connectTimeout: this.#options.connectTimeout },
       (error) => tunnel.fail(error),
     )
     this.#building = null
     tunnel.takeResponses()
+    tunnel.client.takeEarly(early)
   }
 
   /** Says 1001 to every client, between frames. */
@@ -124,6 +127,10 @@ type ProxiedRequest = Pick<IncomingMessage, 'method' | 'url' | 'headers' | 'http
 
 /** ms of silence after which a tunnel that one side has ended is given up. */
 const lingerMs = 60_000
+/** ms within which a client has to read that its message was too large. */
+const refusalMs = 2_000
+/** http-proxy-3 would put early bytes into the stream past whoever counts them. */
+const noBytes = Buffer.alloc(0)
 
 class Tunnel implements Belonging {
   readonly client: ClientStream
@@ -134,6 +141,7 @@ class Tunnel implements Belonging {
   readonly #options: UpgradeOptions
   readonly #refuse: Refusal
   readonly #onEnd: () => void
+  readonly #authority: string
   #outgoing: ClientRequest | null = null
   #upstream: Socket | null = null
   #answered = false
@@ -146,9 +154,10 @@ class Tunnel implements Belonging {
     this.#options = options
     this.#refuse = refuse
     this.#onEnd = onEnd
-    this.client = new ClientStream(socket)
+    this.client = new ClientStream(socket, options.maxMessage, () => this.#refuseMessage())
     this.client.on('error', () => undefined)
-    this.request = { method: 'GET', url: '/', headers: grouped(visit, authorityOf(sandbox, visit.port), options), httpVersion: '1.1', httpVersionMajor: 1 }
+    this.#authority = authorityOf(sandbox, visit.port)
+    this.request = { method: 'GET', url: '/', headers: upgradeFields(visit, this.#authority, options.preserveHost), httpVersion: '1.1', httpVersionMajor: 1 }
     tunnels.add(this)
     socket.setTimeout(0)
     socket.on('close', (hadError) => this.#end(hadError))
@@ -165,7 +174,7 @@ class Tunnel implements Belonging {
       else connected()
     })
     outgoing.on('information', (info) => {
-      if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${info.statusMessage}`, endToEnd(info.rawHeaders)) + '\r\n')
+      if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${info.statusMessage}`, answerFields(info.rawHeaders, this.#visit, this.#authority)) + '\r\n')
     })
     outgoing.once('upgrade', (response: IncomingMessage, upstream: Socket) => this.#open(response, upstream))
   }
@@ -186,10 +195,10 @@ class Tunnel implements Belonging {
     upstream.on('error', () => this.#socket.destroy())
     // Gone without an end of its own: the other side must not take that for one.
     upstream.once('close', (hadError) => {
-      if (hadError || !upstream.readableEnded) this.#socket.destroy()
+      if (this.client.refusedAt === 0 && (hadError || !upstream.readableEnded)) this.#socket.destroy()
     })
     const upgrade = response.headers.upgrade ?? 'websocket'
-    this.#socket.write(headText('HTTP/1.1 101 Switching Protocols', endToEnd(response.rawHeaders)) + `connection: Upgrade\r\nupgrade: ${upgrade}\r\n\r\n`, 'latin1')
+    this.#socket.write(headText('HTTP/1.1 101 Switching Protocols', answerFields(response.rawHeaders, visit, this.#authority)) + `connection: Upgrade\r\nupgrade: ${upgrade}\r\n\r\n`, 'latin1')
     this.client.open()
   }
 
@@ -201,7 +210,7 @@ class Tunnel implements Belonging {
     visit.firstByteAt = performance.now()
     const outgoing = new ServerResponse(visit.request)
     outgoing.assignSocket(this.#socket)
-    const fields = endToEnd(incoming.rawHeaders)
+    const fields = answerFields(incoming.rawHeaders, visit, this.#authority)
     fields.push('connection', 'close')
     outgoing.writeHead(visit.status, incoming.statusMessage, fields)
     incoming.on('data', (chunk: Buffer) => {
@@ -232,8 +241,15 @@ class Tunnel implements Belonging {
     this.client.leave()
   }
 
+  /** The client has been told 1009. The sandbox gets no more of it, and the client has a moment to read why. */
+  #refuseMessage(): void {
+    this.#upstream?.destroy()
+    this.#socket.end()
+  }
+
   checkTimes(now: number): void {
     const { firstByteTimeout } = this.#options
+    if (this.client.refusedAt !== 0 && now - this.client.refusedAt > refusalMs) this.#socket.destroy()
     if (this.client.halfClosed && now - this.client.lastByteAt > lingerMs) this.#socket.destroy()
     if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
     this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
@@ -264,42 +280,4 @@ class Tunnel implements Belonging {
 function authorityOf(sandbox: Sandbox, port: number): string {
   const { host } = sandbox.entry
   return host.includes(':') ? `[${host}]:${port}` : `${host}:${port}`
-}
-
-/** The cleaned request fields as node:http wants them: one list of values per name, so that repeated ones stay apart. */
-function grouped(visit: Visit, authority: string, options: RelayOptions): IncomingMessage['headers'] {
-  const fields: Record<string, string | string[]> = Object.create(null)
-  const { out, host } = visit.head
-  for (let i = 0; i < out.length; i += 2) {
-    const name = (out[i] as string).toLowerCase()
-    const value = out[i + 1] as string
-    const before = fields[name]
-    fields[name] = before === undefined ? value : typeof before === 'string' ? [before, value] : [...before, value]
-  }
-  fields['host'] = options.preserveHost && host !== undefined ? host : authority
-  fields['connection'] = 'Upgrade'
-  fields['upgrade'] = 'websocket'
-  return fields as IncomingMessage['headers']
-}
-
-const hops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer', 'transfer-encoding', 'upgrade'])
-
-/** Raw response fields without the hop-by-hop ones, order and repetition kept. */
-function endToEnd(raw: readonly string[]): string[] {
-  const named = new Set<string>()
-  for (let i = 0; i < raw.length; i += 2) {
-    if ((raw[i] as string).toLowerCase() === 'connection') for (const option of connectionOptions(raw[i + 1] as string)) named.add(option)
-  }
-  const out: string[] = []
-  for (let i = 0; i < raw.length; i += 2) {
-    const name = (raw[i] as string).toLowerCase()
-    if (!hops.has(name) && !named.has(name)) out.push(raw[i] as string, raw[i + 1] as string)
-  }
-  return out
-}
-
-function headText(line: string, fields: readonly string[]): string {
-  let text = `${line}\r\n`
-  for (let i = 0; i < fields.length; i += 2) text += `${fields[i]}: ${fields[i + 1]}\r\n`
-  return text
 }

@@ -99,6 +99,26 @@ t.test('every end-to-end header, repeated ones apart, in the request and in the 
   client.close()
 })
 
+t.test('cookies and references in the answer to a handshake are treated as in any other', async (t) => {
+  const fields = 'Set-Cookie: wide=1; Domain=gw.test; Path=/\r\nSet-Cookie: own=1; Path=/app\r\nLocation: /login\r\n'
+  for (const head of [`${switching}${fields}\r\n`, `HTTP/1.1 403 No\r\nConnection: close\r\n${fields}Content-Length: 0\r\n\r\n`]) {
+    await using upstream = await startTunnel(head, (socket) => void socket.resume().on('end', () => socket.end()))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'auto', baseDomain: 'gw.test' })
+    const { port } = upstream
+    for (const [mode, text, wanted] of [
+      ['wildcard', handshake('/').replace('Host: x', `Host: a-${port}.gw.test:${gateway.port}`), ['wide=1; Path=/', 'own=1; Path=/app', '/login']],
+      ['wildcard, a cookie for its own host', handshake('/').replace('Host: x', 'Host: gw.test').replace('\r\nHost', `\r\nOpenSandbox-Ingress-To: a-${port}\r\nHost`), ['wide=1; Domain=gw.test; Path=/', 'own=1; Path=/app', '/login']],
+      ['uri', handshake(`/a/${port}/`), [`wide=1; Path=/a/${port}/`, `own=1; Path=/a/${port}/app`, `/a/${port}/login`]],
+    ] as const) {
+      const client = new RawClient(gateway.port)
+      const answer = await client.send(text).until((c) => c.received.includes('\r\n\r\n'))
+      const values = answer.split('\r\n').filter((line) => /^(set-cookie|location):/i.test(line)).map((line) => line.slice(line.indexOf(':') + 2))
+      t.same(values, wanted, `${mode}: ${head.slice(9, 12)}`)
+      client.close()
+    }
+  }
+})
+
 t.test('bytes right behind either head are not lost', async (t) => {
   let early = ''
   await using upstream = await startTunnel(`${switching}\r\nfrom the sandbox`, (socket, text) => {
