@@ -3,6 +3,7 @@
  * holds all the while, its neighbour notices nothing, and it is served again afterwards.
  */
 import t, { type Test } from 'tap'
+import { request } from 'undici'
 import { needs } from '#test/support/abilities.ts'
 import { packetsTo, questionsFor } from '#test/support/attack.ts'
 import { docker } from '#test/support/containers.ts'
@@ -79,6 +80,7 @@ async function flood(t: Test, { internet, flooder, neighbour }: { internet: Inte
   t.ok(done >= least, `it was a flood: ${done}`)
   t.equal(packetsTo(await internet.flows(), denied), 0, 'the denied place heard nothing')
   t.equal(questionsFor(await internet.questions(), 'leak.example'), 0, 'nobody was asked for a denied name')
+  await eventually('the sidecar answers for itself', async () => ((await request(`http://${flooder.address}:18080/healthz`).catch(() => undefined))?.statusCode === 200 ? true : undefined), 30)
   await eventually('whoever flooded is served again', async () => ((await run(flooder, ['look'])) === `${lookups} of ${lookups}` ? true : undefined), 60)
 }
 
