@@ -3,7 +3,7 @@
  * sidecar enforces: names are judged by a policy, addresses are in the kernel before the answer goes out, and questions reach it by redirect
  * as a sandbox's do. A bare forwarder in Node shows what the judging costs.
  */
-import { mkdtemp, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 import { findTool } from '../debian.ts'
@@ -70,7 +70,13 @@ async function startSidecar({ name, upstream }: Island, cleanups: Cleanups): Pro
     const args = ['--silent', '--fail', '--max-time', '2', `http://127.0.0.1:${controlPort}/healthz`]
     return (await runCommand('curl', args, { namespace: name })).trim() === 'ok'
   }
-  return cleanups.start(process.execPath, [sidecarMain], { namespace: name, env, ready: healthy })
+  return cleanups.start(process.execPath, [...(await imageFlags()), sidecarMain], { namespace: name, env, ready: healthy })
+}
+
+/** What the image tells Node before it names the program. */
+async function imageFlags(): Promise<string[]> {
+  const dockerfile = await readFile(path.join(import.meta.dirname, '..', '..', 'deploy', 'docker', 'egress', 'Dockerfile'), 'utf8')
+  return (JSON.parse(/^ENTRYPOINT (.*)$/m.exec(dockerfile)?.[1] ?? '') as string[]).slice(1, -1)
 }
 
 async function startDnsmasq({ name, upstream }: Island, cleanups: Cleanups): Promise<Program> {
