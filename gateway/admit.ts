@@ -5,6 +5,7 @@
 import { performance } from 'node:perf_hooks'
 import { decideAccess, decideStrongAccess } from '#policies/access.ts'
 import type { FaultCode } from '#policies/fault.ts'
+import type { Route } from '#policies/route.ts'
 import type { Edge } from './edge.ts'
 import { entryCookie, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
 import { hasToken, type Located, type NotLocated } from './locate.ts'
@@ -98,21 +99,36 @@ function checkAccess(edge: Edge, visit: Visit, located: Located, carried: Carrie
   const token = sandbox.entry.secureAccessToken?.trim() ?? ''
   const header = visit.head.secureAccess
   const strong = token !== '' && header === undefined && carried !== null && (carried.by !== 'cookie' || route.signature === undefined)
-  if (strong) return checkStrong(edge, visit, located, carried)
   // Only short signatures can be guessed; a wrong header alone locks nobody out behind a shared address.
-  if (token !== '' && header === undefined && route.signature !== undefined && edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
+  const guess = token !== '' && header === undefined && route.signature !== undefined && (!strong || edge.hideMissing)
+  if (guess && edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
+  const denied = strong ? checkStrong(edge, visit, located, carried) : checkShort(edge, route, token, header)
+  if (denied === null) return null
+  if (edge.hideMissing) return refuseHidden(edge, visit, route, now)
+  if (!strong && denied.code === 'EDGE_UNAUTHORIZED' && route.signature !== undefined) edge.throttle.failed(visit.client, now)
+  return denied
+}
+
+function checkShort(edge: Edge, route: Route, token: string, header: string | undefined): Refused | null {
   const keys = edge.keys()
   const answer = decideAccess({ token, header, route, keys, verified: edge.verified.under(keys), now: Date.now() / 1000 })
-  if (answer.ok) return null
-  if (answer.fault === 'EDGE_UNAUTHORIZED' && route.signature !== undefined) edge.throttle.failed(visit.client, now)
-  return { code: answer.fault, detail: answer.detail }
+  return answer.ok ? null : { code: answer.fault, detail: answer.detail }
+}
+
+/** One answer to all who may not go on, whether the sandbox is there or not, and guessing is as slow: nobody learns which ids exist. */
+function refuseHidden(edge: Edge, visit: Visit, route: Route, now: number): Refused {
+  if (route.signature !== undefined && visit.head.secureAccess === undefined) {
+    if (edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
+    edge.throttle.failed(visit.client, now)
+  }
+  return { code: 'EDGE_UNAUTHORIZED', detail: 'signature: signature required for this sandbox' }
 }
 
 function notLocated(edge: Edge, visit: Visit, located: NotLocated): Refused {
   edge.metrics.located(located.fault === 'EDGE_NO_ROUTE' ? 'not_found' : 'error')
   visit.locatedAt = performance.now()
   if (located.fault === 'EDGE_NO_ROUTE' && edge.table.stale(visit.locatedAt)) return { code: 'EDGE_ROUTES_STALE', detail: '' }
-  if (located.fault === 'EDGE_NO_ROUTE' && edge.hideMissing) return { code: 'EDGE_UNAUTHORIZED', detail: 'signature: signature required for this sandbox' }
+  if (located.route !== null && edge.hideMissing) return refuseHidden(edge, visit, located.route, visit.locatedAt)
   return { code: located.fault, detail: located.detail }
 }
 

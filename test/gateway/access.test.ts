@@ -66,12 +66,46 @@ t.test('guessing signatures is slow', async (t) => {
   t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/`, 'OpenSandbox-Secure-Access: tok'))), 200, 'the header still works: it cannot be guessed')
 })
 
-t.test('hideMissing: an unknown sandbox looks like a refused one', async (t) => {
-  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', hideMissing: true })
-  const [unknown, refused] = [await ask(gateway.port, get('/nobody/80/')), await ask(gateway.port, get('/sec/80/'))]
-  const plain = (answer: string): string => answer.replace(/x-request-id: .*\r\n|Date: .*\r\n/g, '')
-  t.equal(plain(unknown), plain(refused))
-  t.equal(statusOf(unknown), 401)
+t.test('hideMissing: an unknown sandbox looks like a refused one, whatever is tried', async (t) => {
+  const plain = (answer: string): string => answer.replace(/x-request-id: .*\r\n|Date: .*\r\n|"request_id":"[^"]*"/gi, '')
+  const expired = signShort('a', secret, 'sec', 80, '1')
+  const elsewhere = mintAccessToken({ id: 'else', port: 80, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: 4_000_000_000n })
+  const revoked = mintAccessToken({ id: 'sec', port: 80, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: 4_000_000_000n })
+  const rows: [name: string, path: string, ...headers: string[]][] = [
+    ['nothing', '/'],
+    ['a bad signature', `/${future}/00000000a/`],
+    ['an unknown key', `/${future}/00000000z/`],
+    ['an expired signature', `/1/${expired}/`],
+    ['a wrong header', '/', 'OpenSandbox-Secure-Access: no'],
+    ['a wrong header and a signature', `/${future}/00000000a/`, 'OpenSandbox-Secure-Access: no'],
+    ['a malformed token', '/', 'Sallyport-Access: sp1.x'],
+    ['a token for another sandbox', `/${elsewhere}/`],
+    ['a revoked token', `/${revoked}/`],
+    ['a token in the query', `/?sallyport_access=${elsewhere}`],
+    ['a token and a signature', `/${future}/00000000a/`, `Sallyport-Access: ${elsewhere}`],
+    ['as JSON', `/${future}/00000000a/`, 'Accept: application/json'],
+  ]
+  for (const secureAccessKeys of [keysText, '']) {
+    await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok', epoch: 1 }], { mode: 'auto', hideMissing: true, secureAccessKeys, authFailuresPerMinute: 0 })
+    for (const [name, path, ...headers] of rows) {
+      const [unknown, refused] = [await ask(gateway.port, get(`/nobody/80${path}`, ...headers)), await ask(gateway.port, get(`/sec/80${path}`, ...headers))]
+      t.equal(plain(unknown), plain(refused), `${name}, ${secureAccessKeys === '' ? 'without' : 'with'} keys`)
+      t.equal(statusOf(unknown), 401, name)
+      const [, expires, signature] = path.split('/')
+      const token = signature === undefined || signature === '' ? '80' : `80-${expires}-${signature}`
+      t.equal(plain(await ask(gateway.port, get('/', `OpenSandbox-Ingress-To: nobody-${token}`, ...headers))), plain(await ask(gateway.port, get('/', `OpenSandbox-Ingress-To: sec-${token}`, ...headers))), `${name}, by header`)
+    }
+  }
+  for (const extra of [[], [`Sallyport-Access: ${elsewhere}`]]) {
+    const statuses: number[][] = []
+    for (const id of ['nobody', 'sec']) {
+      await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', hideMissing: true, secureAccessKeys: keysText, authFailuresPerMinute: 3 })
+      const seen: number[] = []
+      for (let n = 0; n < 5; n++) seen.push(statusOf(await ask(gateway.port, get(`/${id}/80/${future}/0000000${n}a/`, ...extra))))
+      statuses.push(seen)
+    }
+    t.same(statuses, [[401, 401, 401, 429, 429], [401, 401, 401, 429, 429]], 'guessing is as slow where nobody is')
+  }
 })
 
 t.test('addresses the gateway does not dial', async (t) => {
