@@ -33,9 +33,7 @@ export async function startGateway(cleanups: Cleanups, backendPort: number, { sa
   const one: StaticSandbox = { id: 'bench', host: '127.0.0.1', ...(secured ? { secureAccessToken: secureToken } : {}) }
   await writeRoutes(routes, sandboxes ?? [one])
   const port = await freePort()
-  // Workers count for themselves, so there is no port for their metrics.
-  const several = workers > 1 ? ['--workers', String(workers)] : ['--admin-port', '0']
-  const args = ['--port', String(port), '--mode', 'header', '--provider', 'static', '--routes', routes, '--allow-loopback-upstreams', '--access-log', path.join(folder, 'access.log'), ...several]
+  const args = ['--port', String(port), '--mode', 'header', '--provider', 'static', '--routes', routes, '--allow-loopback-upstreams', '--access-log', path.join(folder, 'access.log'), '--admin-port', '0', '--workers', String(workers)]
   const program = await cleanups.start(process.execPath, [...node, main, ...args], { ready: ready === undefined ? accepts(port) : () => ready(port) })
   const token = secured ? [`${headerNames.secureAccess}: ${secureToken}`] : []
   return { program, port, routes, headers: [`${headerNames.ingressTo}: bench-${backendPort}`, ...token] }

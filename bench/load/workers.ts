@@ -40,7 +40,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
       contenders: { 'one worker': () => runLimited(one, share), 'two workers': () => runLimited(two, 2 * share) },
       goals: [{ contender: 'two workers', measure: 'throughput', sense: 'at least', limit: 1.8 }],
     }],
-    notes: ['Gateway: header mode, static routes, access log on. The kernel spreads the connections over the workers by hash.'],
+    notes: ['Gateway: header mode, static routes, metrics and access log on. The kernel spreads the connections over the workers by hash.'],
   }
 }
 
