@@ -143,6 +143,12 @@ t.test('a lease is renewed by every packet', async (t) => {
   t.match(await expires(), /^1m|^\d\ds/, 'TTL 30 and a minute')
   await space.ask({ connect: '198.18.7.7' })
   t.match(await expires(), /^5m5\ds|^6m/, 'six minutes from the last packet')
+
+  const [flow] = await space.ask({ stream: '198.18.7.7' })
+  t.equal((await space.ask({ write: flow?.stream ?? 0 }))[0]?.result, 'echo')
+  await space.run('nft', 'delete element inet opensandbox dyn_allow_v4 { 198.18.7.7 }')
+  const after = await space.ask({ write: flow?.stream ?? 0 }, { connect: '198.18.7.7' }, { udp: '198.18.7.7' })
+  t.same(after.map(({ result }) => result), ['echo', 'ECONNREFUSED', 'EPERM'], 'a TCP connection that was silent for longer goes on, nothing new begins')
 })
 
 t.test('more addresses than the table holds: a flow keeps its own', async (t) => {
