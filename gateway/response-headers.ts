@@ -61,7 +61,8 @@ export function prefixRewriter(prefix: string, plain: string, authority: string)
     return value === own || value.startsWith(`${own}/`) ? under(value.slice(own.length) || '/') : value
   }
   return (name, value) => {
-    if (name === 'set-cookie') return value.replace(/(;\s*path=)(\/[^;]*)/i, (_all, lead: string, path: string) => lead + (path === '/' ? `${prefix}/` : under(path)))
+    // Every one: browsers take the last, and do not mind spaces (RFC 6265 §5.2).
+    if (name === 'set-cookie') return value.replace(/(;\s*path\s*=\s*)(\/[^;]*)/gi, (_all, lead: string, path: string) => lead + (path.trimEnd() === '/' ? `${prefix}/` : under(path)))
     if (name === 'refresh') return value.replace(/^(\s*[\d.]+\s*[;,]\s*url\s*=\s*)(['"]?)(.*)$/i, (_all, lead: string, quote: string, url: string) => lead + quote + reference(url))
     return reference(value)
   }

@@ -278,6 +278,9 @@ t.test('URI mode moves root-relative references under the prefix', async (t) => 
     ['refresh', '0; url=/next', `0; url=${prefix}/next`],
     ['set-cookie', 's=1; Path=/; HttpOnly', `s=1; Path=${prefix}/; HttpOnly`],
     ['set-cookie', 's=1; path=/app', `s=1; path=${prefix}/app`],
+    ['set-cookie', 's=1 ;Path = /', `s=1 ;Path = ${prefix}/`],
+    ['set-cookie', 's=1; Path=/app; Path=/', `s=1; Path=${prefix}/app; Path=${prefix}/`],
+    ['set-cookie', 's=path=/x; path=relative', 's=path=/x; path=relative'],
     ['set-cookie', 's=1; Domain=gw.test; Secure', 's=1; Secure'],
     ['set-cookie', 's=1', 's=1'],
   ] as const) {
