@@ -38,7 +38,7 @@ export async function atRate({ url, headers, connections, seconds, proxy }: Http
   const log = path.join(folder, 'log')
   try {
     const before = cpuSeconds(proxy.pid)
-    await runCommand(h2load.file, ['--h1', '-t1', `-c${connections}`, `-D${seconds}`, `--rps=${(rate / connections).toFixed(2)}`, `--log-file=${log}`, ...headers.flatMap((header) => ['-H', header]), url], { env: h2load.env })
+    await runCommand(h2load.file, ['--h1', '-t1', `-c${connections}`, `-D${Math.max(1, Math.round(seconds))}`, `--rps=${(rate / connections).toFixed(2)}`, `--log-file=${log}`, ...headers.flatMap((header) => ['-H', header]), url], { env: h2load.env })
     return readH2load(await readFile(log, 'utf8'), cpuSeconds(proxy.pid) - before)
   } finally {
     await rm(folder, { recursive: true, force: true })
