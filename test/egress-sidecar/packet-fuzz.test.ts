@@ -41,10 +41,17 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
     const bytes = Buffer.from(random.pick(patterns))
     for (let changes = random.between(0, 6); changes > 0; changes--) bytes[random.between(0, bytes.length - 1)] = random.pick([0, 1, 0x3f, 0x40, 0xc0, 0xff, random.between(0, 255)])
     const cut = bytes.subarray(0, random.between(0, 3) === 0 ? random.between(0, bytes.length) : bytes.length)
-    const started = process.hrtime.bigint()
     const found = readQuestion(cut)
-    if (cut.length >= question.end) readAnswer(cut, question)
-    slowest = Math.max(slowest, Number(process.hrtime.bigint() - started) / 1e6)
+    const read = (): number => {
+      const started = process.hrtime.bigint()
+      readQuestion(cut)
+      if (cut.length >= question.end) readAnswer(cut, question)
+      return Number(process.hrtime.bigint() - started) / 1e6
+    }
+    let took = read()
+    // The machine may pause in between: what is slow is read again, and the quickest counts.
+    for (let again = 0; took > slowest && took > 1 && again < 20; again++) took = Math.min(took, read())
+    slowest = Math.max(slowest, took)
     // The whole path for one in ten: it must agree with the reader about what may leave.
     if (i % 10 !== 0) continue
     asked = null
@@ -53,7 +60,7 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
   }
   t.equal(admitted, 0, `${count} datagrams, no denied one left`)
   t.ok(outcomes.length > count / 100, 'many of them were questions')
-  t.ok(slowest < 250, `the slowest took ${slowest.toFixed(2)} ms, pauses of the machine included`)
+  t.ok(slowest < 50, `the slowest took ${slowest.toFixed(2)} ms`)
 })
 
 t.test('a header that claims 65,535 records costs next to nothing', async (t) => {
