@@ -11,6 +11,7 @@ import { makeIslands, type Island } from '../namespaces.ts'
 import { runCommand, type Cleanups } from '../program.ts'
 import { percentile, type Arena, type Effort, type Sample, type Target } from '../rounds.ts'
 import { streamPorts } from '../peers/sandbox-server.ts'
+import { imageFlags } from './egress.ts'
 
 const rules = 4096
 const learned = 10_000
@@ -114,7 +115,7 @@ async function startSidecar({ name, upstream }: Island, cleanups: Cleanups): Pro
   await writeFile(file, JSON.stringify({ defaultAction: 'deny', egress: [...places, '*.bench.example'].map((target) => ({ action: 'allow', target })) }))
   const env = { OPENSANDBOX_EGRESS_POLICY_FILE: file, OPENSANDBOX_EGRESS_MODE: 'dns+nft', OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${upstream}:53` }
   const healthy = async (): Promise<boolean> => (await runCommand('curl', ['--silent', '--fail', '--max-time', '2', 'http://127.0.0.1:18080/healthz'], { namespace: name })).trim() === 'ok'
-  await cleanups.start(process.execPath, [sidecarMain], { namespace: name, env, ready: healthy })
+  await cleanups.start(process.execPath, [...(await imageFlags()), sidecarMain], { namespace: name, env, ready: healthy })
 }
 
 function startClient({ name, upstream }: Island, cleanups: Cleanups): Client {

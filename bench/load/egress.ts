@@ -74,7 +74,7 @@ async function startSidecar({ name, upstream }: Island, cleanups: Cleanups): Pro
 }
 
 /** What the image tells Node before it names the program. */
-async function imageFlags(): Promise<string[]> {
+export async function imageFlags(): Promise<string[]> {
   const dockerfile = await readFile(path.join(import.meta.dirname, '..', '..', 'deploy', 'docker', 'egress', 'Dockerfile'), 'utf8')
   return (JSON.parse(/^ENTRYPOINT (.*)$/m.exec(dockerfile)?.[1] ?? '') as string[]).slice(1, -1)
 }
