@@ -5,6 +5,7 @@
  * as long as a bridge they guard exists. The only file of the server that starts a program (`nft`).
  */
 import { existsSync } from 'node:fs'
+import { readFile } from 'node:fs/promises'
 import { execa } from 'execa'
 import ipaddr from 'ipaddr.js'
 import type { Upstream } from './config.ts'
@@ -88,27 +89,28 @@ export function guardText(guarded: Guarded): string {
   ].join('\n') + '\n'
 }
 
+/** The kernel's IPv4 routes, as /proc/net/route writes them; a seam for tests. */
+export type Routes = () => Promise<string>
+
 export class HostGuard {
   readonly #nft: Nft
-  constructor(nft: Nft = runNft) {
+  readonly #routes: Routes
+  constructor(nft: Nft = runNft, routes: Routes = () => readFile('/proc/net/route', 'utf8')) {
     this.#nft = nft
+    this.#routes = routes
   }
 
   /** Loads the rules, or makes sure they are still there. @throws when the rights or nft are missing */
   async apply(guarded: Guarded): Promise<void> {
     await this.#nft(['-f', '-'], guardText(guarded))
-  }
-
-  /** A network of ours is gone: its addresses may become anybody's. Elements that were not there are fine. */
-  async forget(subnets: readonly string[]): Promise<void> {
-    for (const subnet of subnets) await this.#nft(['-f', '-'], `delete element bridge ${guardTable} subnets { ${subnet} }\n`).catch(() => undefined)
+    await this.#keepSubnets(guarded.isolated ? guarded.subnets : [])
   }
 
   /** Drops bridges that no longer exist and, with the last one, the tables: nobody's sandbox can need them. */
   async release(exists: (bridge: string) => boolean = bridgeExists): Promise<void> {
     const listed = await this.#nft(['list', 'set', 'inet', guardTable, 'bridges'], '').catch(() => null)
     if (listed === null) return
-    const bridges = [.../elements = \{([^}]*)\}/.exec(listed)?.[1]?.matchAll(/"([^"]+)"/g) ?? []].map((match) => match[1] as string)
+    const bridges = namesIn(listed)
     if (!bridges.some(exists)) {
       await this.#nft(['-f', '-'], `delete table inet ${guardTable}\ndelete table bridge ${guardTable}\n`)
       return
@@ -116,7 +118,33 @@ export class HostGuard {
     for (const bridge of bridges.filter((name) => !exists(name))) {
       for (const set of ['bridges', 'isolated']) await this.#nft(['-f', '-'], `delete element inet ${guardTable} ${set} { "${bridge}" }\n`).catch(() => undefined)
     }
+    await this.#keepSubnets([])
   }
+
+  /**
+   * Of the addresses that neighbours may not use among themselves, those of networks that are: others become anybody's, also when the
+   * server that guarded them was killed. Which those are, the routes of every server's isolated bridges tell.
+   */
+  async #keepSubnets(own: readonly string[]): Promise<void> {
+    const isolated = new Set(namesIn(await this.#nft(['list', 'set', 'inet', guardTable, 'isolated'], '')))
+    const subnets = [...new Set([...own, ...subnetsOf(await this.#routes(), isolated)])]
+    const set = `bridge ${guardTable} subnets`
+    await this.#nft(['-f', '-'], `flush set ${set}\n${subnets.length === 0 ? '' : `add element ${set} { ${subnets.join(', ')} }\n`}`)
+  }
+}
+
+/** Names of interfaces in what `nft list set` prints. */
+function namesIn(listed: string): string[] {
+  return [.../elements = \{([^}]*)\}/.exec(listed)?.[1]?.matchAll(/"([^"]+)"/g) ?? []].map((match) => match[1] as string)
+}
+
+/** Interface, destination, gateway and, as eighth, mask; addresses in hexadecimal, last byte first. */
+function subnetsOf(routes: string, bridges: ReadonlySet<string>): string[] {
+  const bytes = (hex: string): number[] => [...Buffer.from(hex, 'hex')].reverse()
+  return routes.split('\n').map((line) => line.trim().split(/\s+/)).filter(([bridge = '', , gateway]) => bridges.has(bridge) && gateway === '00000000').map((fields) => {
+    const prefix = new ipaddr.IPv4(bytes(fields[7] ?? '')).prefixLengthFromSubnetMask() ?? 32
+    return `${bytes(fields[1] ?? '').join('.')}/${prefix}`
+  })
 }
 
 function bridgeExists(bridge: string): boolean {

@@ -79,7 +79,6 @@ export class SandboxNetwork {
       // Another server on this engine may just be making a sandbox: then Docker refuses, and we leave everything.
       if (network !== null && network.labels[labels.role] === 'network') {
         await this.#deps.engine.removeNetwork(this.name)
-        await this.#deps.guard?.forget(network.subnets)
       }
     }
     await this.#deps.guard?.release()
@@ -99,9 +98,7 @@ export class SandboxNetwork {
     if (this.#own && network.bridge !== this.#config.docker.bridge_name) {
       throw new ApiError('DOCKER::SANDBOX_START_FAILED', `The Docker network "${this.name}" exists with another bridge than docker.bridge_name; remove it or name another.`)
     }
-    const subnets = network.subnets
-    await this.#deps.guard?.forget(this.#subnets.filter((old) => !subnets.includes(old)))
-    this.#subnets = subnets
+    this.#subnets = network.subnets
     await this.#deps.guard?.apply(this.#guarded(network))
     return network
   }

@@ -65,7 +65,7 @@ export class Bench {
     this.engine = options.engine ?? new FakeEngine()
     this.store = new Store(options.store ?? ':memory:')
     this.clock = options.clock ?? { now: Date.UTC(2026, 0, 1) }
-    const network = new SandboxNetwork(config, { engine: this.engine, guard: new HostGuard(async () => '') })
+    const network = new SandboxNetwork(config, { engine: this.engine, guard: new HostGuard(async () => '', async () => '') })
     const images = new Images(this.engine)
     const reference = config.runtime.execd_image
     const execd = reference === undefined ? null : new Execd(reference, { engine: this.engine, images, instance: 'bench' })

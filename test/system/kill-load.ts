@@ -84,7 +84,8 @@ export class Load {
   async #make(): Promise<void> {
     if (this.#living >= most) return this.#use()
     const reply = await this.#call<SandboxBody>('create', [202], 'POST', '/v1/sandboxes', { ...this.#random.pick(this.#bodies), metadata: { step: String(++this.#steps) } })
-    if (reply !== null) this.adopt(reply)
+    // One that is still Pending may be heard of when it runs.
+    if (reply?.status.state === 'Running') this.adopt(reply)
   }
 
   async #use(): Promise<void> {

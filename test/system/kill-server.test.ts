@@ -47,6 +47,7 @@ t.test('killed at any moment of a mixed load', async (t) => {
   await fence.forget()
 
   const watch = await watchEnds(stack, proxy)
+  t.teardown(() => watch.close())
   const load = new Load(stack, random, [guarded, guarded, plain])
   const addresses = new Set<string>()
   for (let kill = 1; kill <= sized(20, 200); kill++) {
@@ -67,7 +68,6 @@ t.test('killed at any moment of a mixed load', async (t) => {
   t.comment(JSON.stringify({ sandboxes: load.known.size, answered: load.answered, ends: watch.ends }))
   for (const what of ['create', 'renew', 'patch', 'pause', 'resume', 'delete']) t.ok((load.answered[what] ?? 0) > 0, `the load holds ${what}`)
   t.ok(watch.ends.expired > 0, 'and sandboxes that expire')
-  watch.close()
 
   for (const { id } of await stack.api.list()) t.equal((await stack.api.call('DELETE', `/v1/sandboxes/${id}`)).status, 204)
   t.same((await stack.containers()).map(({ Names, State }) => [Names, State]), [], 'deleted: no container is left')
@@ -140,6 +140,11 @@ async function disagreements(stack: Stack, load: Load, before: Awaited<ReturnTyp
   const problems: string[] = []
   const now = Date.now()
   for (const body of listed) {
+    if (body.status.reason === 'CREATE_INTERRUPTED' && !load.known.has(body.id) && !containers.some(({ Labels }) => Labels[labels.id] === body.id || Labels[labels.egressSidecarFor] === body.id)) {
+      // Its client was told Pending, and is told now what became of it: nothing is there.
+      await stack.api.call('DELETE', `/v1/sandboxes/${body.id}`)
+      continue
+    }
     if (body.status.state !== 'Running' && body.status.state !== 'Paused') {
       problems.push(`${body.id} is ${JSON.stringify(body.status)}`)
       continue
@@ -164,7 +169,7 @@ async function disagreements(stack: Stack, load: Load, before: Awaited<ReturnTyp
   const ours = new Set(containers.map(({ Id }) => Id))
   for (const id of attached) if (!ours.has(id)) problems.push(`endpoint of ${id}`)
   for (const { Names, Labels } of containers) if (!listed.some(({ id }) => id === (Labels[labels.id] ?? Labels[labels.egressSidecarFor]))) problems.push(`container ${Names.join()} belongs to no sandbox`)
-  for (const { id, status } of listed) {
+  for (const { id, status } of listed.filter((each) => load.known.has(each.id))) {
     const main = containers.find(({ Labels }) => Labels[labels.id] === id)
     if (main?.State !== status.state.toLowerCase()) problems.push(`${id} is ${status.state}, its container ${main?.State}`)
     if (main?.Labels[labels.egressAuthToken] === undefined) continue

@@ -82,9 +82,13 @@ t.test('what a sandbox reaches', async (t) => {
   for (const [why, address, port, answer] of places) {
     t.equal(await until(() => reach(one, address, port)), answer, `without the rules: ${why}`)
   }
-  const guard = new HostGuard(async (args, input) => (await inside(host, ['nft', ...args], input)).stdout)
+  const guard = new HostGuard(async (args, input) => (await inside(host, ['nft', ...args], input)).stdout, async () => (await inside(host, ['cat', '/proc/net/route'])).stdout)
+  const subnets = async (): Promise<string> => /elements = (\{[^}]*\})/.exec((await inside(host, ['nft', 'list', 'set', 'bridge', guardTable, 'subnets'])).stdout)?.[1] ?? ''
   await guard.apply(guarded)
+  // Of a server that was killed, whose network somebody removed: its addresses may be anybody's by now.
+  await inside(host, ['nft', 'add', 'element', 'bridge', guardTable, 'subnets', '{ 10.79.0.0/16 }'])
   await guard.apply(guarded)
+  t.equal(await subnets(), '{ 10.77.0.0/24 }', 'of networks that are gone nothing is kept')
   for (const [why, address, port, , held] of places) t.equal(await reach(one, address, port), held, `with the rules: ${why}`)
   t.equal(await reach(far, '10.88.0.1', 22), host, 'others reach the host as before')
   t.equal(await reach(host, '10.77.0.3', 80), two, 'the host reaches a sandbox')
@@ -96,10 +100,12 @@ t.test('what a sandbox reaches', async (t) => {
     t.match(text, /"guarded0".*\n?.*"other0"|"other0".*\n?.*"guarded0"/)
     t.equal(await reach(one, '10.88.0.53', 53), far)
     t.equal(await reach(one, '10.77.0.1', 22), '')
+    t.equal(await subnets(), '{ 10.77.0.0/24, 10.78.0.0/24 }', 'both isolate their own')
   })
   t.test('the tables go with the last bridge', async (t) => {
     await guard.release((bridge) => bridge === 'guarded0')
     t.notMatch((await inside(host, ['nft', 'list', 'table', 'inet', guardTable])).stdout, /other0/)
+    t.equal(await subnets(), '{ 10.77.0.0/24 }')
     t.equal(await reach(one, '10.77.0.1', 22), '')
     await guard.release(() => false)
     t.notMatch((await inside(host, ['nft', 'list', 'tables'])).stdout, guardTable)
