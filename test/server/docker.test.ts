@@ -10,15 +10,15 @@ import type { SandboxRecord } from '../../server/group.ts'
 import { sidecarSpec } from '../../server/sidecar.ts'
 import { createBody, gatewayToml, policyBody, readToml } from './bench.ts'
 
-type Asked = { url: string; body: any }
+type Asked = { url: string; body: any; auth: string | undefined }
 
 /** An engine on a port of its own. @param answer null: none, ever */
 async function startEngine(t: Test, answer: object | null): Promise<{ engine: (timeout: number) => Docker; asked: Asked[] }> {
   const asked: Asked[] = []
   const server = createServer((request, response) => {
     void request.toArray().then((chunks: Buffer[]) => {
-      asked.push({ url: request.url ?? '', body: request.headers['content-type'] === 'application/json' ? JSON.parse(Buffer.concat(chunks).toString()) : null })
-      if (answer !== null) response.writeHead(201, { 'content-type': 'application/json' }).end(JSON.stringify(answer))
+      asked.push({ url: request.url ?? '', auth: request.headers['x-registry-auth'] as string | undefined, body: request.headers['content-type'] === 'application/json' ? JSON.parse(Buffer.concat(chunks).toString()) : null })
+      if (answer !== null) response.writeHead(/^.images/.test(request.url ?? '') ? 200 : 201, { 'content-type': 'application/json' }).end(JSON.stringify(answer))
     })
   }).listen(0, '127.0.0.1')
   await once(server, 'listening')
@@ -52,6 +52,19 @@ t.test("what a sandbox prints does not fill the host's disk", async (t) => {
     t.equal(await engine(5000).create(spec), 'c1')
     t.same(asked.at(-1)?.body.HostConfig.LogConfig, { Type: 'json-file', Config: { 'max-size': '10m', 'max-file': '2' } }, spec.name)
   }
+})
+
+t.test('credentials of a pull', async (t) => {
+  const { engine, asked } = await startEngine(t, { status: 'Downloaded' })
+  const docker = engine(5000)
+  const auth = { username: 'user', password: 'the-password' }
+  await docker.pull('registry.example/a:1', { platform: 'linux/amd64', auth }, () => undefined)
+  await docker.pull('registry.example/a:1', { platform: null, auth: null }, () => undefined)
+  const [first, second] = asked
+  t.match(JSON.parse(Buffer.from(first?.auth ?? '', 'base64').toString()), auth, 'go to the engine in a header')
+  t.match(first?.url, /fromImage=registry\.example%2Fa(&tag=1|%3A1).*platform=linux%2Famd64|platform=linux%2Famd64.*fromImage=registry/)
+  t.notMatch(first?.url, /the-password/, 'never in the request line')
+  t.notMatch(Buffer.from(second?.auth ?? '', 'base64').toString(), /the-password/, 'and are not kept for the next')
 })
 
 t.test('every call has a time limit', { timeout: 20_000 }, async (t) => {
