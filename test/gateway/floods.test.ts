@@ -153,7 +153,8 @@ t.test('floods', { timeout: 300_000 }, async (t) => {
     const drip = setInterval(() => [heads, dripping].forEach((crowd) => crowd.drip()), 100)
     t.teardown(() => clearInterval(drip))
     await until(() => heads.ended === 800, 'heads that take too long are sent away, however busily they drip')
-    t.same([...heads.statuses], [[408, 800]])
+    // Who writes on may lose the answer to the reset that his bytes cause.
+    t.same([...heads.statuses.keys()], [408])
     await until(() => stalled.answered === 300, 'so are bodies that fell silent')
     t.equal(stalled.statuses.get(504), 300)
     t.equal(dripping.ended, 0, 'those that go on may take their time')
