@@ -7,6 +7,8 @@ import { createSidecar } from './sidecar.ts'
 const exitCodes = { failed: 1, usage: 64 } as const
 /** Whatever hangs at the end must not keep the container alive: its end is what closes the sandbox's network. */
 const closeTimeoutMs = 3000
+/** Once; it takes some 30 ms. The image starts Node with `--expose-gc`. */
+const collectAfterMs = 1000
 
 function readConfigOrExit(): Config {
   try {
@@ -37,8 +39,8 @@ for (const signal of ['SIGTERM', 'SIGINT'] as const) {
 }
 try {
   await sidecar.start()
-  // Reading schemas and policies leaves megabytes behind, and an idle process would never collect them. The image starts Node so that it can be asked to.
-  globalThis.gc?.({ type: 'major', execution: 'sync', flavor: 'last-resort' })
+  // Starting leaves megabytes behind, and an idle process would never collect them. Not at once: who created the sandbox is waiting for us.
+  setTimeout(() => globalThis.gc?.({ type: 'major', execution: 'sync', flavor: 'last-resort' }), collectAfterMs).unref()
 } catch (error) {
   log.event('fatal', 'egress.failed', (error as Error).message)
   end(exitCodes.failed)
