@@ -1,4 +1,5 @@
 /** What is done with a sandbox in its turn: made, looked at, brought to an end. Every order of steps comes from `plan.ts`. */
+import { availableParallelism } from 'node:os'
 import { formatProblems } from '#policies/problem.ts'
 import { ApiError } from './api-error.ts'
 import { carryOut, type Containers, type Workshop } from './carry-out.ts'
@@ -11,6 +12,7 @@ import type { Entry, GroupTable } from './group-table.ts'
 import type { HostPorts } from './host-ports.ts'
 import type { Ownership } from './ownership.ts'
 import { plan, type Step, type Want } from './plan.ts'
+import { Turns } from './turns.ts'
 
 export type WorkDeps = {
   readonly config: Config
@@ -27,8 +29,14 @@ export type WorkDeps = {
 const portAttempts = 3
 const portTaken = /port is already allocated|ports are not available|address already in use|bind: /
 
+/** Sandboxes made at a time: enough to keep an engine busy. */
+const mostBuilds = Math.max(8, 2 * availableParallelism())
+/** ms; most are made in less. */
+const longestTurn = 2000
+
 export class GroupWork {
   readonly #deps: WorkDeps
+  readonly #turns = new Turns(mostBuilds, longestTurn)
 
   constructor(deps: WorkDeps) {
     this.#deps = deps
@@ -43,7 +51,7 @@ export class GroupWork {
     try {
       await workshop.prepare(entry.group.record, request, progress, entry.abort.signal)
       progress('Sandbox container is starting.')
-      await this.#build(entry, request)
+      await this.#turns.run(() => this.#build(entry, request))
       report('created', id, { milliseconds: now() - started })
     } catch (error) {
       const fault = toApiError(error)

@@ -8,6 +8,8 @@ import type { Touch } from '../../server/watch.ts'
 import { Bench, createBody, gatewayToml, policyBody } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
+t.setTimeout(120_000)
+
 /** A create answers before anything is made. */
 const atOnce = gatewayToml.replace('[server]', '[server]\ncreate_wait_seconds = 0')
 
