@@ -1,6 +1,6 @@
 /**
- * `npm test`: types, unit tests, then system tests one file at a time, and at the end the slowest files and one line `N passed, N failed` that
- * counts assertions.
+ * `npm test`: types and unit tests on one side, beside them the system tests one file at a time (they mostly wait for the engine), and at the
+ * end the slowest files and one line `N passed, N failed` that counts assertions.
  * `--long` gives the tests their full size and more time; words name the files to run (`npm test -- gateway`).
  */
 import { execa } from 'execa'
@@ -15,7 +15,7 @@ const minute = 60_000
 
 const { values: options, positionals: words } = parseArgs({ allowPositionals: true, options: { long: { type: 'boolean', default: false } } })
 /** 15 minutes on two idle cores is the goal, and a run beyond it says so; a slower machine gets a third more before what is left is given up. */
-const limits = options.long ? { run: 60 * minute, unit: 30 * minute, file: 40 * minute } : { run: 20 * minute, unit: 5 * minute, file: 4 * minute }
+const limits = options.long ? { run: 60 * minute, unit: 30 * minute, file: 40 * minute } : { run: 20 * minute, unit: 10 * minute, file: 4 * minute }
 const goal = (options.long ? 60 : 15) * minute
 const deadline = Date.now() + limits.run
 /** tap ends a file after 30 s unless told; the limits here are the ones that count. */
@@ -33,15 +33,20 @@ async function main(): Promise<number> {
   if (files.length === 0) report('FAILED', 'no test file matches', 0, { failed: 1 })
 
   await removeLeftovers()
-  await checkTypes()
-  await runUnitTests(files.filter((file) => !isSystem(file)))
-  for (const file of files.filter(isSystem)) await runSystemTest(file)
+  await Promise.all([
+    checkTypes().then(() => runUnitTests(files.filter((file) => !isSystem(file)))),
+    oneByOne(files.filter(isSystem), runSystemTest),
+  ])
 
   console.log(`\nslowest files, of ${((Date.now() - begin) / minute).toFixed(1)} minutes in all:\n${slowestFiles(times, 10)}`)
   if (Date.now() - begin > goal) console.log(`\nslower than the ${goal / minute} minutes this run may take on two idle cores`)
   const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : ''
   console.log(`\n${total.passed} passed, ${total.failed} failed${skipped}`)
   return total.failed === 0 ? 0 : 1
+}
+
+async function oneByOne<T>(list: readonly T[], work: (item: T) => Promise<void>): Promise<void> {
+  for (const item of list) await work(item)
 }
 
 /** What an earlier run left behind when it was killed: containers, networks, namespaces, programs. */
@@ -57,12 +62,12 @@ async function checkTypes(): Promise<void> {
   report(result.failed ? 'FAILED' : 'ok', 'type check', Date.now() - started, result.failed ? { failed: 1 } : { passed: 1 }, result.failed ? result.all : '')
 }
 
-/** One `tap run` for all of them, two files at a time; it also holds the coverage of policies/ to 100 % (see .taprc). */
+/** One `tap run` for all of them, one file at a time; it also holds the coverage of policies/ to 100 % (see .taprc). */
 async function runUnitTests(files: readonly string[]): Promise<void> {
   if (files.length === 0) return
   const started = Date.now()
   const partial = words.length > 0 ? ['--allow-empty-coverage', '--allow-incomplete-coverage'] : []
-  const result = await execa(program('tap'), ['run', '--reporter=tap', '--jobs=2', `--timeout=${options.long ? 1800 : 120}`, ...partial, ...files], { cwd: top, env: environment, reject: false, all: true, timeout: limits.unit })
+  const result = await execa(program('tap'), ['run', '--reporter=tap', '--jobs=1', `--timeout=${options.long ? 1800 : 120}`, ...partial, ...files], { cwd: top, env: environment, reject: false, all: true, timeout: limits.unit })
   const seen = readFiles(result.all)
   for (const file of seen) report(file.ok ? (file.skipped === undefined ? 'ok' : 'skipped') : 'FAILED', file.name, file.milliseconds, {}, file.ok ? (file.skipped ?? '') : file.output)
   const counts = readCounts(result.all) ?? { passed: 0, failed: 0, skipped: 0 }
