@@ -51,7 +51,12 @@ await docker.loadImage(images)
       const all = await stack.api.list()
       return all.every(({ status }) => status.state !== 'Running' && status.state !== 'Paused') ? all : undefined
     }, 30).catch(() => stack.api.list())
-    const left = (await stack.containers()).map(({ Labels, State }) => `${Labels[labels.role]} ${State}`).sort()
+    const containers = async (): Promise<string[]> => (await stack.containers()).map(({ Labels, State }) => `${Labels[labels.role]} ${State}`)
+    // A sidecar goes right after its sandbox was seen to have ended.
+    const left = await eventually('no sidecar is left', async () => {
+      const all = await containers()
+      return all.some((each) => each.startsWith('egress')) ? undefined : all
+    }, 30).catch(containers)
     const leaked = packetsTo(await fence.flows(), denied)
 
     const next = await stack.create(guarded)
