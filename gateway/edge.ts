@@ -1,6 +1,7 @@
 /** What every request of one gateway meets: its table, its limits, its log. Made once, in `gateway.ts`. */
 import type { AccessKeys } from '#policies/access.ts'
 import type { NetworkTable } from '#policies/address.ts'
+import type { InFlight } from './in-flight.ts'
 import type { Locator } from './locate.ts'
 import type { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
@@ -18,7 +19,7 @@ export type Edge = {
   readonly throttle: FailureThrottle
   readonly metrics: Metrics
   readonly upgrades: UpgradeRelay
-  readonly relays: Set<HttpRelay>
+  readonly relays: InFlight<HttpRelay>
   readonly relayOptions: UpgradeOptions
   /** null: nobody is told which sandboxes are used. */
   readonly renewals: Renewals | null

@@ -9,6 +9,7 @@ import type { Renewals as RenewalReport } from '#policies/wire.ts'
 import type { GatewayConfig } from './config.ts'
 import type { Edge } from './edge.ts'
 import { asksForWebSocket, finish, handle, handleUpgrade } from './handle.ts'
+import { InFlight } from './in-flight.ts'
 import { Locator } from './locate.ts'
 import { Metrics } from './metrics.ts'
 import type { HttpRelay } from './relay-http.ts'
@@ -56,7 +57,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   const guard = new UpstreamGuard(config.allowLoopbackUpstreams)
   // Loopback and own addresses may be shared by many sandboxes; any other address belongs to the last one that reported it.
   const table = new RouteTable((host) => config.provider === 'server' && !guard.isOwn(host))
-  const relays = new Set<HttpRelay>()
+  const relays = new InFlight<HttpRelay>()
   const relayOptions: UpgradeOptions = {
     connectTimeout: config.connectTimeout,
     firstByteTimeout: config.firstByteTimeout,
@@ -153,7 +154,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
 /** Ends what fell silent, gives up pools nobody uses, and reports what is in use. */
 function sweep(edge: Edge): void {
   const now = performance.now()
-  for (const relay of edge.relays) relay.checkTimes(now)
+  for (const relay of edge.relays.all()) relay.checkTimes(now)
   edge.upgrades.checkTimes(now)
   edge.table.sweep(now)
   if (edge.renewals === null) return
@@ -174,7 +175,7 @@ function listenOn(server: Server, config: GatewayConfig): Promise<number> {
 }
 
 /** All connections closed, which upgraded ones do not count towards. */
-async function settled(closed: Promise<void>, relays: Set<HttpRelay>, upgrades: UpgradeRelay): Promise<void> {
+async function settled(closed: Promise<void>, relays: InFlight<HttpRelay>, upgrades: UpgradeRelay): Promise<void> {
   await closed
   while (relays.size > 0 || upgrades.size > 0) await delay(20)
 }

@@ -1,10 +1,10 @@
 /** One HTTP request to a sandbox and its response back, over a connection of `upstream.ts`. */
 import type { ServerResponse } from 'node:http'
-import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
 import { prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
 import { RequestBody } from './request-body.ts'
+import type { InFlight, Placed } from './in-flight.ts'
 import { breakOff } from './respond.ts'
 import type { Dispatcher, Handler, RelayOptions, Upstream, Wire } from './upstream.ts'
 import type { Visit } from './visit.ts'
@@ -18,7 +18,8 @@ const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
 const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
 
 /** One exchange. Also undici's handler of it, so that a request costs one object here. */
-export class HttpRelay implements Handler {
+export class HttpRelay implements Handler, Placed {
+  place = 0
   wire: Wire | null = null
   reset = false
   lastByteAt: number
@@ -26,7 +27,7 @@ export class HttpRelay implements Handler {
   readonly #upstream: Upstream
   readonly #options: RelayOptions
   readonly #refuse: Refusal
-  readonly #active: Set<HttpRelay>
+  readonly #active: InFlight<HttpRelay>
   #controller: Dispatcher.DispatchController | null = null
   #body: RequestBody | null = null
   #answered = false
@@ -34,13 +35,15 @@ export class HttpRelay implements Handler {
   #stream = false
   /** Content-Length of the response, or -1. */
   #length = -1
+  /** The body is not in chunks. */
+  #plain = false
   #over = false
   #retried = false
   #dials = 0
   #onDrain: (() => void) | null = null
   readonly draining: () => boolean
 
-  constructor(visit: Visit, upstream: Upstream, options: RelayOptions, refuse: Refusal, active: Set<HttpRelay>, draining: () => boolean) {
+  constructor(visit: Visit, upstream: Upstream, options: RelayOptions, refuse: Refusal, active: InFlight<HttpRelay>, draining: () => boolean) {
     this.#visit = visit
     this.#upstream = upstream
     this.#options = options
@@ -119,6 +122,7 @@ export class HttpRelay implements Handler {
     // `Trailer` announces what only chunks can carry (RFC 9110 §6.6.2): Node refuses to send it otherwise.
     const length = fields['content-length']
     visit.hasLength = length !== undefined
+    this.#plain = fields['transfer-encoding'] === undefined
     this.#length = typeof length === 'string' ? Number(length) : -1
     const bodiless = method === 'HEAD' || status === 204 || status === 304
     dropField(out, 'trailer', length !== undefined || bodiless || visit.request.httpVersionMinor === 0)
@@ -147,8 +151,10 @@ export class HttpRelay implements Handler {
     this.lastByteAt = performance.now()
     const response = visit.response
     if (response === null) return
-    if (chunk.length === this.#length && chunk.length <= smallBody && response.socket !== null) return writeWhole(response, response.socket, chunk)
-    if (response.write(chunk)) return
+    const taken = chunk.length === this.#length && chunk.length <= smallBody ? writeAtOnce(response, chunk.toString('latin1')) : writeAtOnce(response, chunk)
+    // Chunks may be followed by a part of a trailer, which the parser keeps.
+    if (this.wire !== null && this.wire.socket !== null) this.wire.socket.spent = this.#plain && response.writableLength === 0
+    if (taken) return
     controller.pause()
     if (this.#onDrain === null) {
       this.#onDrain = () => {
@@ -163,6 +169,7 @@ export class HttpRelay implements Handler {
     if (this.wire !== null) {
       this.wire.served++
       this.wire.relay = null
+      if (!this.#bodyBegun && this.wire.socket !== null) this.wire.socket.spent = true
     }
     if (this.#over) return
     if (this.reset) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN'))
@@ -239,13 +246,16 @@ export class HttpRelay implements Handler {
 const smallBody = 16 * 1024
 
 /**
- * Writes head and body as one string in one system call: node:http would otherwise gather three pieces and hand them over as a vector,
- * which costs more than the rest of a small response. Uncorked by hand, the write is over before end() is called.
+ * Hands head and piece to the kernel before it returns, where node:http would wait for the next tick. A small body comes as a string, so that
+ * head and body become one: as a vector of two they would cost more than the rest of a small response.
+ * @returns false: the client has to catch up first
  */
-function writeWhole(response: ServerResponse, socket: Socket, body: Buffer): void {
-  socket.cork()
-  response.write(body.toString('latin1'), 'latin1')
-  socket.uncork()
+function writeAtOnce(response: ServerResponse, piece: Buffer | string): boolean {
+  const { socket } = response
+  socket?.cork()
+  const taken = response.write(piece, 'latin1')
+  socket?.uncork()
+  return taken
 }
 
 function flushHead(relay: HttpRelay): void {

@@ -3,11 +3,12 @@
  * Each port of each life of a sandbox has its own pool, which dies with that life: no socket is ever shared between owners.
  */
 import type { LookupOptions } from 'node:dns'
-import { connect as netConnect, isIP, type LookupFunction, type Socket, type TcpNetConnectOpts } from 'node:net'
+import { isIP, type LookupFunction } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Client, type Dispatcher } from 'undici'
 import { Fault } from '#policies/fault.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
+import { SandboxSocket } from './sandbox-socket.ts'
 import type { LookupCallback } from './upstream-guard.ts'
 
 export type { Dispatcher } from 'undici'
@@ -112,7 +113,7 @@ export type Carried = {
 export type Handler = Dispatcher.DispatchHandler & Carried
 
 /** What a connector tells about the socket it made. */
-export type Wire = { socket: Socket | null; served: number; relay: Carried | null }
+export type Wire = { socket: SandboxSocket | null; served: number; relay: Carried | null }
 
 /** One upstream connection at a time, and what undici does not tell: whether it served before, and whether it was reset. */
 class Line extends Client {
@@ -136,13 +137,11 @@ class Line extends Client {
   }
 }
 
-type Connected = (...result: [null, Socket] | [Error, null]) => void
+type Connected = (...result: [null, SandboxSocket] | [Error, null]) => void
 
 function dial(wire: Wire, upstream: Upstream, host: string, port: number, options: RelayOptions, callback: Connected): void {
   if (upstream.destroyed) return callback(new Fault('EDGE_UPSTREAM_BROKEN'), null)
-  // highWaterMark is an option of the stream underneath, which the types of net.connect leave out.
-  const target: TcpNetConnectOpts & { highWaterMark: number } = { host, port, noDelay: true, keepAlive: true, keepAliveInitialDelay: 30_000, highWaterMark: 64 * 1024, lookup: options.lookup as LookupFunction }
-  const socket = netConnect(target)
+  const socket = new SandboxSocket()
   wire.socket = socket
   wire.served = 0
   let settled = false
@@ -161,7 +160,12 @@ function dial(wire: Wire, upstream: Upstream, host: string, port: number, option
     if (error.code === 'ECONNRESET' && wire.relay !== null) wire.relay.reset = true
     settle(error)
   })
-  socket.once('close', () => settle(new Fault('EDGE_UPSTREAM_BROKEN')))
+  socket.once('close', () => {
+    // A free line may be kept for a minute, the memory it read into need not.
+    if (wire.socket === socket) wire.socket = null
+    settle(new Fault('EDGE_UPSTREAM_BROKEN'))
+  })
+  socket.connect({ host, port, lookup: options.lookup as LookupFunction })
 }
 
 /** The pool for one port of a sandbox, made on first use; null when the port has as many requests as it may. */

@@ -1,0 +1,53 @@
+/**
+ * A connection to a sandbox that reads into the same memory again and again. Node's own sockets take fresh memory for every read, outside
+ * V8's heap but on its account: with large bodies its collector then works as long as the gateway does.
+ *
+ *   read ──► undici's parser ──► exchange ──► written to the client, all of it ──► the same memory again
+ *                     │              └──────► the client is slow: it waits there ──► fresh memory
+ *                     └─────────────────────► a head came only in part ───────────► fresh memory
+ *
+ * So memory is used again only when the exchange said that nothing of it is needed, and never because nobody said anything.
+ */
+import { Socket } from 'node:net'
+
+/** Bytes of one read: a common large answer with its head. Pages that no answer ever filled cost nothing. */
+const readSize = 128 * 1024
+
+export class SandboxSocket extends Socket {
+  /** Set by the exchange: nothing of what was read last is needed any longer. */
+  spent = false
+  /** Read, and not taken by the parser yet. */
+  #waiting: Buffer | null = null
+
+  constructor() {
+    let memory = Buffer.allocUnsafeSlow(readSize)
+    const onread = {
+      buffer: (): Uint8Array => (this.spent && this.#waiting === null ? memory : (memory = Buffer.allocUnsafeSlow(readSize))),
+      callback: (size: number, bytes: Uint8Array): boolean => this.#take(bytes.subarray(0, size) as Buffer),
+    }
+    // net.Socket takes more than its types know: they have these options for net.connect only.
+    const options = { onread, noDelay: true, keepAlive: true, keepAliveInitialDelay: 30_000, highWaterMark: 64 * 1024 }
+    super(options as ConstructorParameters<typeof Socket>[0])
+  }
+
+  /** @returns false: read no more for now, the parser is paused */
+  #take(bytes: Buffer): boolean {
+    this.spent = false
+    this.#waiting = bytes
+    this.emit('readable')
+    return this.#waiting === null
+  }
+
+  override read(size?: number): Buffer | null {
+    const bytes = this.#waiting
+    if (bytes === null) return super.read(size) as Buffer | null
+    if (size === 0) return null
+    this.#waiting = null
+    return bytes
+  }
+
+  /** The parser gives back what it did not get to before it was paused. */
+  override unshift(bytes: Buffer): void {
+    if (bytes.length > 0) this.#waiting = bytes
+  }
+}
