@@ -26,6 +26,7 @@ const kinds = {
   expect: 16,
   access: 17,
   cookie: 18,
+  trailer: 19,
 } as const
 type Kind = (typeof kinds)[keyof typeof kinds]
 
@@ -38,7 +39,7 @@ const requestFields: readonly (readonly [string, Kind])[] = [
   ['proxy-authenticate', kinds.drop], //         hop-by-hop
   ['proxy-authorization', kinds.drop], //        hop-by-hop
   ['te', kinds.te], //                           hop-by-hop; `trailers` is said again, RFC 9110 §10.1.4
-  ['trailer', kinds.drop], //                    request trailers are not relayed
+  ['trailer', kinds.trailer], //                 announces fields behind chunks, RFC 9110 §6.6.2: said again with those
   ['transfer-encoding', kinds.transferEncoding], // framing is per connection, RFC 9112 §6
   ['content-length', kinds.contentLength], //    said again by us when there is a body
   ['upgrade', kinds.upgrade], //                 hop-by-hop; upgrades have a relay of their own
@@ -104,6 +105,8 @@ export class RequestHead {
   contentLength = ''
   chunked = false
   trailers = false
+  /** Which fields the client announces behind its body. */
+  trailer = ''
   upgrade = ''
   connection = ''
   replayable = false
@@ -138,6 +141,9 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
         break
       case kinds.te:
         if (value.toLowerCase().includes('trailers')) head.trailers = true
+        break
+      case kinds.trailer:
+        head.trailer = head.trailer === '' ? value : `${head.trailer}, ${value}`
         break
       case kinds.transferEncoding:
         // Only plain chunked is undone here; any other coding would reach the sandbox undeclared. RFC 9112 §6.1.
@@ -191,8 +197,27 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
     }
   }
   if (head.chunked && head.contentLength !== '') head.problem = 'both Content-Length and Transfer-Encoding'
+  if (head.chunked && head.trailer !== '') out.push('trailer', head.trailer)
   if (namesFields(head.connection)) head.out = withoutNamed(out, head.connection)
   return head
+}
+
+/**
+ * Fields behind a chunked body, as they go on the wire. Only those pass that would pass in front and mean nothing to the gateway: what it vouches
+ * for there, or takes away, does not come in at the back. RFC 9110 §6.5.1.
+ * @param raw name, value, name, value…
+ * @param connection the request's Connection header: fields that it names end here
+ */
+export function trailerLines(raw: readonly string[], connection: string): string {
+  const passing: string[] = []
+  for (let i = 0; i < raw.length && i < 2 * maxFields; i += 2) {
+    const name = raw[i] as string
+    if ((spelled.get(name) ?? classify(name)) === kinds.pass) passing.push(name, raw[i + 1] as string)
+  }
+  const kept = namesFields(connection) ? withoutNamed(passing, connection) : passing
+  let lines = ''
+  for (let i = 0; i < kept.length; i += 2) lines += `${kept[i]}: ${kept[i + 1]}\r\n`
+  return lines
 }
 
 function keepCookies(head: RequestHead, name: string, value: string): void {

@@ -3,7 +3,7 @@ import type { ServerResponse } from 'node:http'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
 import { prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
-import { RequestBody } from './request-body.ts'
+import { RequestBody, type Exchange } from './request-body.ts'
 import type { InFlight, Placed } from './in-flight.ts'
 import { breakOff } from './respond.ts'
 import type { Dispatcher, Handler, RelayOptions, Upstream, Wire } from './upstream.ts'
@@ -18,7 +18,7 @@ const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
 const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
 
 /** One exchange. Also undici's handler of it, so that a request costs one object here. */
-export class HttpRelay implements Handler, Placed {
+export class HttpRelay implements Handler, Placed, Exchange {
   place = 0
   wire: Wire | null = null
   reset = false
@@ -83,6 +83,10 @@ export class HttpRelay implements Handler, Placed {
     this.#body?.destroy()
   }
 
+  announceTrailers(lines: string): void {
+    if (this.wire !== null && this.wire.socket !== null) this.wire.socket.trailers = lines
+  }
+
   /** Called about once a second. @param now ms since the process started */
   checkTimes(now: number): void {
     const { firstByteTimeout, idleTimeout } = this.#options
@@ -101,7 +105,10 @@ export class HttpRelay implements Handler, Placed {
   onRequestStart(controller: Dispatcher.DispatchController): void {
     this.#controller = controller
     if (this.#over) return controller.abort(new Fault('EDGE_BAD_REQUEST', 'the client went away'))
-    if (this.wire !== null) this.wire.relay = this
+    if (this.wire !== null) {
+      this.wire.relay = this
+      if (this.wire.socket !== null) this.wire.socket.trailers = ''
+    }
     this.#visit.dialledAt = performance.now()
   }
 

@@ -5,19 +5,27 @@
 import { performance } from 'node:perf_hooks'
 import { Readable } from 'node:stream'
 import { Fault } from '#policies/fault.ts'
+import { trailerLines } from './headers.ts'
 import type { Visit } from './visit.ts'
+
+/** The exchange that the body belongs to. */
+export type Exchange = {
+  /** When bytes moved last, ms since the process started. */
+  lastByteAt: number
+  /** The body is at its end, and these lines of fields follow. */
+  announceTrailers(lines: string): void
+}
 
 export class RequestBody extends Readable {
   /** Bytes were asked for: the request can no longer be sent again from its start. */
   begun = false
   readonly #visit: Visit
-  readonly #clock: { lastByteAt: number }
+  readonly #exchange: Exchange
 
-  /** @param clock told when bytes moved */
-  constructor(visit: Visit, clock: { lastByteAt: number }) {
+  constructor(visit: Visit, exchange: Exchange) {
     super({ highWaterMark: 64 * 1024 })
     this.#visit = visit
-    this.#clock = clock
+    this.#exchange = exchange
     // undici listens only while it sends; an error after that has nobody left to tell.
     this.on('error', () => undefined)
   }
@@ -44,11 +52,13 @@ export class RequestBody extends Readable {
 
   #onData = (chunk: Buffer): void => {
     this.#visit.bytesIn += chunk.length
-    this.#clock.lastByteAt = performance.now()
+    this.#exchange.lastByteAt = performance.now()
     if (!this.push(chunk)) this.#visit.request.pause()
   }
 
   #onEnd = (): void => {
+    const { request, head } = this.#visit
+    if (request.rawTrailers.length > 0) this.#exchange.announceTrailers(trailerLines(request.rawTrailers, head.connection))
     this.push(null)
   }
 

@@ -8,14 +8,19 @@
  *
  * So memory is used again only when the exchange said that nothing of it is needed, and never because nobody said anything.
  */
-import { Socket } from 'node:net'
+import { Socket, type TcpSocketConnectOpts } from 'node:net'
 
 /** Bytes of one read: a common large answer with its head. Pages that no answer ever filled cost nothing. */
 const readSize = 128 * 1024
 
+/** How undici ends a body in chunks. */
+const lastChunk = '\r\n0\r\n\r\n'
+
 export class SandboxSocket extends Socket {
   /** Set by the exchange: nothing of what was read last is needed any longer. */
   spent = false
+  /** Lines of fields that follow the body being sent (RFC 9112 §7.1.2), which undici cannot send; '' for none. */
+  trailers = ''
   /** Read, and not taken by the parser yet. */
   #waiting: Buffer | null = null
 
@@ -49,5 +54,18 @@ export class SandboxSocket extends Socket {
   /** The parser gives back what it did not get to before it was paused. */
   override unshift(bytes: Buffer): void {
     if (bytes.length > 0) this.#waiting = bytes
+  }
+
+  dial(target: TcpSocketConnectOpts): void {
+    this.connect(target)
+    // Behind `connect`, which would put the usual one back.
+    this.write = this.#write as typeof this.write
+  }
+
+  #write(piece: Uint8Array | string, ...rest: never[]): boolean {
+    if (piece !== lastChunk || this.trailers === '') return super.write(piece, ...rest)
+    const whole = `\r\n0\r\n${this.trailers}\r\n`
+    this.trailers = ''
+    return super.write(whole, 'latin1')
   }
 }

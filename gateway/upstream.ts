@@ -165,7 +165,7 @@ function dial(wire: Wire, upstream: Upstream, host: string, port: number, option
     if (wire.socket === socket) wire.socket = null
     settle(new Fault('EDGE_UPSTREAM_BROKEN'))
   })
-  socket.connect({ host, port, lookup: options.lookup as LookupFunction })
+  socket.dial({ host, port, lookup: options.lookup as LookupFunction })
 }
 
 /** The pool for one port of a sandbox, made on first use; null when the port has as many requests as it may. */

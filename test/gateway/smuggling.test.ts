@@ -18,6 +18,8 @@ type Case = {
   method?: string
   target?: string
   body?: string
+  /** Fields behind the body, lower case; none when absent. */
+  trailers?: [string, string][]
   requests?: number
 }
 
@@ -46,7 +48,7 @@ t.test('every request of the corpus has the outcome it announces', async (t) => 
   let answered = 0
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'header', authFailuresPerMinute: 0 })
 
-  for (const { name, why, raw, expect, status, method, target, body, requests = 1 } of corpus) {
+  for (const { name, why, raw, expect, status, method, target, body, trailers = [], requests = 1 } of corpus) {
     arrived = ''
     answered = 0
     const client = new RawClient(gateway.port)
@@ -71,6 +73,7 @@ t.test('every request of the corpus has the outcome it announces', async (t) => 
       t.equal(seen.complete.length, requests, `${about} (number of requests)`)
       const [first] = seen.complete
       t.same([first?.method, first?.target, first?.body] as unknown[], [method, target, body] as unknown[], about)
+      t.same(first?.trailers, trailers, `${about} (fields behind it)`)
       t.equal(seen.rest, '', `${about} (nothing behind it)`)
       t.notMatch(first?.headers.map(([field]) => field).join(), /opensandbox-ingress-to|expect|upgrade|proxy-|keep-alive|http2-settings|x-secret/, `${about} (clean fields)`)
     }

@@ -1,5 +1,5 @@
 /** A reader of HTTP/1.1 requests that accepts less than any real server: what it objects to should never leave the gateway. */
-export type SeenRequest = { method: string; target: string; headers: [string, string][]; body: string }
+export type SeenRequest = { method: string; target: string; headers: [string, string][]; body: string; trailers: [string, string][] }
 export type Seen = { complete: SeenRequest[]; problems: string[]; /** Bytes behind the last whole request. */ rest: string }
 
 const requestLine = /^([A-Z]+) (\/[\x21-\x7e]*) HTTP\/1\.1$/
@@ -19,12 +19,7 @@ export function readRequests(bytes: string): Seen {
       problems.push(`request line ${JSON.stringify(lines[0])}`)
       break
     }
-    const headers: [string, string][] = []
-    for (const text of lines.slice(1)) {
-      const match = field.exec(text)
-      if (match === null) problems.push(`field ${JSON.stringify(text)}`)
-      else headers.push([(match[1] as string).toLowerCase(), match[2] as string])
-    }
+    const headers = readFields(lines.slice(1), problems)
     const all = (name: string): string[] => headers.filter(([key]) => key === name).map(([, value]) => value)
     if (all('host').length !== 1) problems.push(`${all('host').length} Host fields`)
     const lengths = all('content-length')
@@ -36,17 +31,29 @@ export function readRequests(bytes: string): Seen {
     const after = rest.slice(end + 4)
     const framed = codings.length > 0 ? readChunks(after, problems) : readLength(after, Number(lengths[0] ?? 0))
     if (framed === null) break
-    complete.push({ method: line[1] as string, target: line[2] as string, headers, body: framed.body })
+    complete.push({ method: line[1] as string, target: line[2] as string, headers, body: framed.body, trailers: framed.trailers })
     rest = framed.rest
   }
   return { complete, problems, rest }
 }
 
-function readLength(text: string, length: number): { body: string; rest: string } | null {
-  return text.length < length ? null : { body: text.slice(0, length), rest: text.slice(length) }
+function readFields(lines: readonly string[], problems: string[]): [string, string][] {
+  const fields: [string, string][] = []
+  for (const text of lines) {
+    const match = field.exec(text)
+    if (match === null) problems.push(`field ${JSON.stringify(text)}`)
+    else fields.push([(match[1] as string).toLowerCase(), match[2] as string])
+  }
+  return fields
 }
 
-function readChunks(text: string, problems: string[]): { body: string; rest: string } | null {
+type Framed = { body: string; trailers: [string, string][]; rest: string }
+
+function readLength(text: string, length: number): Framed | null {
+  return text.length < length ? null : { body: text.slice(0, length), trailers: [], rest: text.slice(length) }
+}
+
+function readChunks(text: string, problems: string[]): Framed | null {
   let body = ''
   let rest = text
   for (;;) {
@@ -59,6 +66,7 @@ function readChunks(text: string, problems: string[]): { body: string; rest: str
     }
     const length = parseInt(size, 16)
     const data = rest.slice(end + 2)
+    if (length === 0) return readTrailers(body, data, problems)
     if (data.length < length + 2) return null
     if (data.slice(length, length + 2) !== '\r\n') {
       problems.push('chunk without its end')
@@ -66,6 +74,11 @@ function readChunks(text: string, problems: string[]): { body: string; rest: str
     }
     body += data.slice(0, length)
     rest = data.slice(length + 2)
-    if (length === 0) return { body, rest }
   }
+}
+
+function readTrailers(body: string, text: string, problems: string[]): Framed | null {
+  if (text.startsWith('\r\n')) return { body, trailers: [], rest: text.slice(2) }
+  const end = text.indexOf('\r\n\r\n')
+  return end === -1 ? null : { body, trailers: readFields(text.slice(0, end).split('\r\n'), problems), rest: text.slice(end + 4) }
 }
