@@ -3,10 +3,10 @@
  * only, and nobody in the namespace can bind a held port. The question's bytes go out as they came, under a new random id;
  * an answer counts when id and question fit (RFC 5452). Truncated answers are asked for again over TCP for clients that can take them.
  */
-import { randomFillSync } from 'node:crypto'
 import { createSocket, type Socket } from 'node:dgram'
 import type { Done, Resolver, Transport } from './answer.ts'
 import { echoesQuestion, rcodes } from './packet.ts'
+import { PendingTable, randomId } from './pending-table.ts'
 import type { Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
 
@@ -40,6 +40,8 @@ const failuresToDistrust = 3
 const distrustMs = 30_000
 /** An upstream's answer to a probe is not waited for any longer. */
 const probeMs = 2000
+/** Questions within it came together. */
+const togetherMs = 1
 /** Before the next upstream is asked; a stub resolver waits 5 s for everything together. */
 const patienceMs = 1200
 
@@ -68,18 +70,17 @@ class Pending {
   }
 }
 
-type Channel = { readonly socket: Socket; readonly pending: Map<number, Pending>; readonly sent: (error: Error | null) => void }
+type Channel = { readonly socket: Socket; readonly pending: PendingTable<Pending>; readonly sent: (error: Error | null) => void }
 
-type UpstreamState = { readonly upstream: Upstream; readonly channels: Channel[]; failures: number; distrustedUntil: number; silent: boolean }
-
-const randomIds = new Uint16Array(2048)
-let usedIds = randomIds.length
-function randomId(): number {
-  if (usedIds === randomIds.length) {
-    randomFillSync(randomIds)
-    usedIds = 0
-  }
-  return randomIds[usedIds++] as number
+type UpstreamState = {
+  readonly upstream: Upstream
+  readonly channels: Channel[]
+  /** The channel of the moment, and since when. */
+  channel: Channel | null
+  chosenAt: number
+  failures: number
+  distrustedUntil: number
+  silent: boolean
 }
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
@@ -91,7 +92,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], failures: 0, distrustedUntil: 0, silent: false }
+    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false }
     try {
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
       states.push(state)
@@ -104,10 +105,10 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   async function openChannel(state: UpstreamState): Promise<Channel> {
     const socket = createSocket({ type: state.upstream.address.includes(':') ? 'udp6' : 'udp4' })
-    const pending = new Map<number, Pending>()
+    const pending = new PendingTable<Pending>()
     // The upstream's port is closed, or the way there is: do not wait for what cannot come.
     const failAll = (): void => {
-      for (const [id, waiting] of [...pending]) fail(state, channel, id, waiting)
+      for (const [id, waiting] of pending.all()) fail(state, channel, id, waiting)
     }
     const channel: Channel = { socket, pending, sent: (error) => void (error !== null && failAll()) }
     await new Promise<void>((resolve, reject) => {
@@ -129,7 +130,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     if (reply.length < 12) return
     const id = reply.readUInt16BE(0)
     const pending = channel.pending.get(id)
-    if (pending === undefined || !echoesQuestion(reply, pending.query, pending.questionEnd)) return
+    if (pending === null || !echoesQuestion(reply, pending.query, pending.questionEnd)) return
     state.failures = 0
     const rcode = (reply[3] as number) & 0xf
     if (rcode !== rcodes.noError && rcode !== rcodes.nxDomain) {
@@ -141,13 +142,24 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   function send(pending: Pending, time: number): void {
     const state = pending.order[pending.tried++] as UpstreamState
     pending.giveUp = pending.tried === pending.order.length ? pending.deadline : Math.min(pending.deadline, time + patienceMs)
-    const channel = state.channels[randomId() % state.channels.length] as Channel
-    let id = randomId()
-    while (channel.pending.has(id)) id = (id + 1) & 0xffff
+    const channel = channelOf(state, time)
+    const id = channel.pending.add(pending)
+    if (id === -1) return settle(pending, pending.failure)
     pending.query.writeUInt16BE(id, 0)
-    channel.pending.set(id, pending)
     channel.socket.send(pending.query, channel.sent)
     sweeper ??= setInterval(sweep, sweepMs)
+  }
+
+  /**
+   * Any channel, and for questions that come together the same: their answers then wait at one socket, and are fetched together. What a
+   * forger has to guess stays the same, since a hit is as likely at one port with many ids as at many ports with few.
+   */
+  function channelOf(state: UpstreamState, time: number): Channel {
+    if (state.channel === null || time - state.chosenAt > togetherMs) {
+      state.channel = state.channels[randomId() % state.channels.length] as Channel
+      state.chosenAt = time
+    }
+    return state.channel
   }
 
   function fail(state: UpstreamState, channel: Channel, id: number, pending: Pending): void {
@@ -164,6 +176,10 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   function finish(channel: Channel, id: number, pending: Pending, reply: Buffer | null): void {
     channel.pending.delete(id)
+    settle(pending, reply)
+  }
+
+  function settle(pending: Pending, reply: Buffer | null): void {
     pendingCount--
     const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
     if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending.query, pending.questionEnd).then(pending.done)
@@ -187,7 +203,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       return
     }
     const time = now()
-    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending) if (pending.giveUp <= time) fail(state, channel, id, pending)
+    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending.all()) if (pending.giveUp <= time) fail(state, channel, id, pending)
   }
 
   function inOrder(time: number): readonly UpstreamState[] {
@@ -228,7 +244,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       if (sweeper !== null) clearInterval(sweeper)
       for (const { channels } of states) {
         for (const channel of channels) {
-          for (const [id, waiting] of [...channel.pending]) finish(channel, id, waiting, null)
+          for (const [id, waiting] of channel.pending.all()) finish(channel, id, waiting, null)
           channel.socket.close()
         }
       }
