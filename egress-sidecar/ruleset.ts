@@ -245,9 +245,13 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput):
   // DNS over TLS and QUIC (RFC 7858, RFC 9250).
   list.push('meta l4proto { tcp, udp } th dport 853 goto denied')
   if (doh.everywhere) list.push('meta l4proto { tcp, udp } th dport 443 goto denied')
-  else for (const f of families) list.push(`${f.ip} daddr . meta l4proto @doh_block_v${f.n} th dport 443 goto denied`)
-  // Every packet is judged, not only a connection's first: a new deny cuts live connections.
-  for (const f of families) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`, `${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
+  else if (doh.addresses.length > 0) for (const f of families) list.push(`meta l4proto { tcp, udp } th dport 443 ${f.ip} daddr . meta l4proto @doh_block_v${f.n} goto denied`)
+  // Every packet is judged, not only a connection's first: a new deny cuts live connections. Hence no look into sets that are empty.
+  for (const f of families) {
+    const denied = rules[`deny${f.n}`]
+    if (denied.some((text) => !text.includes('/'))) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`)
+    if (denied.some((text) => text.includes('/'))) list.push(`${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
+  }
   for (const f of families) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
   for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
   for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)

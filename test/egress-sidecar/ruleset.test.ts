@@ -16,7 +16,9 @@ const input: RulesetInput = {
       { action: 'allow', target: '198.18.7.0/24' },
       { action: 'allow', target: 'fd00::/8' },
       { action: 'deny', target: '10.0.0.0/8' },
+      { action: 'deny', target: '198.51.100.99' },
       { action: 'deny', target: '2001:db8::1' },
+      { action: 'deny', target: '2001:db8:9::/48' },
     ],
   }),
   filter: true,
@@ -61,6 +63,9 @@ t.test('what must come before what', async (t) => {
     last = at
   }
   t.equal(last, rules.length - 1, 'and nothing behind the end')
+  const open = policyStatements({ ...input, rules: compilePolicy(allowAll.policy) })
+  t.notOk(open.some((statement) => /egress .*@(deny|doh)_/.test(statement)), 'sets that are empty are not looked into')
+  t.ok(policyStatements({ ...input, doh: { everywhere: false, addresses: ['9.9.9.9'] } }).some((statement) => /egress .*th dport 443 .*@doh_block_v4 goto denied$/.test(statement)))
   t.notOk(rules.some((rule) => /^ct state established[^d]*accept$/.test(rule)), 'no connection is let out for being old')
   t.ok(statements.every((statement) => !statement.includes('\n')))
 })
