@@ -161,7 +161,8 @@ export class HttpRelay implements Handler, Placed, Exchange {
     const taken = chunk.length === this.#length && chunk.length <= smallBody ? writeAtOnce(response, chunk.toString('latin1')) : writeAtOnce(response, chunk)
     // Chunks may be followed by a part of a trailer, which the parser keeps.
     if (this.wire !== null && this.wire.socket !== null) this.wire.socket.spent = this.#plain && response.writableLength === 0
-    if (taken) return
+    // Nothing follows a whole body: a pause behind it would turn the sandbox's close into a broken answer.
+    if (taken || visit.bytesOut === this.#length) return
     controller.pause()
     if (this.#onDrain === null) {
       this.#onDrain = () => {

@@ -105,7 +105,7 @@ t.test('bodies that pass through start no whole collections', { timeout: 60_000 
   const body = Buffer.alloc(64 * 1024)
   await using sandbox = await startSandbox([`HTTP/1.1 200 OK\r\nContent-Length: ${body.length}\r\n\r\n`, body])
   await using gateway = await startTraced()
-  const times = sized(1024, 4096)
+  const times = sized(2048, 4096)
   await Promise.all(Array.from({ length: 16 }, () => askOften(gateway.port, `/a/${sandbox.port}/`, times, body.length)))
   const { kept, whole } = gateway.collections()
   t.ok(kept.length > 0, `${kept.length} young ones were seen`)
