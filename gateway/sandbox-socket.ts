@@ -35,7 +35,7 @@ export class SandboxSocket extends Socket {
     super(options as ConstructorParameters<typeof Socket>[0])
   }
 
-  /** @returns false: read no more for now, the parser is paused */
+  /** @returns false: the parser is paused, read no more until it asks again */
   #take(bytes: Buffer): boolean {
     this.spent = false
     this.#waiting = bytes
