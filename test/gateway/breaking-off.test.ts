@@ -1,5 +1,7 @@
 /** One side ends early, late, or not as HTTP says: what the other side sees. Against real servers on loopback. */
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { Socket } from 'node:net'
+import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { ask, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
 
@@ -161,4 +163,65 @@ t.test('a sandbox that speaks no HTTP, or breaks its rules, is a 502', async (t)
     await eventually(() => gateway.lines.length === 1, 'the access line')
     t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/, name)
   }
+})
+
+t.test('a sandbox that closes right behind its answer cuts nothing off for a slow client', async (t) => {
+  // The gateway's own socket to the client: how much of an answer waits there.
+  let toClient: Socket | null = null
+  const onRequest = (message: unknown): void => void (toClient = (message as { socket: Socket }).socket)
+  subscribe('http.server.request.start', onRequest)
+  t.teardown(() => unsubscribe('http.server.request.start', onRequest))
+  const waiting = (): number => toClient?.writableLength ?? 0
+
+  /** The client reads nothing until `sends` is over. @returns bytes of the body that it got in the end */
+  const deliver = async (length: number, sends: (socket: Socket) => Promise<void>): Promise<number> => {
+    let sent: (problem?: Error) => void = () => undefined
+    const over = new Promise<void>((resolve, reject) => (sent = (problem) => (problem === undefined ? resolve() : reject(problem))))
+    await using upstream = await startRaw((socket) => {
+      socket.setNoDelay(true)
+      socket.once('data', () => {
+        socket.write(`HTTP/1.1 200 OK\r\ncontent-length: ${length}\r\n\r\n`)
+        sends(socket).then(() => sent(), sent)
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    client.socket.pause()
+    client.send(get(`/a/${upstream.port}/`))
+    await over
+    client.socket.resume()
+    await client.untilClosed()
+    const body = client.received.length - client.received.indexOf('\r\n\r\n') - 4
+    client.close()
+    return body
+  }
+  const step = 10_000
+  // What the kernel holds for the client, and how much waits in the gateway then, has to be found out first.
+  let base = 0
+  await deliver(1e9, async (socket) => {
+    for (; waiting() < 75_000 && base < 1e8; base += step) {
+      socket.write(Buffer.alloc(step))
+      await delay(1)
+    }
+    socket.destroy()
+  })
+  let paused = 0
+  for (const piece of [60_000, 75_000, 90_000, 60_000, 75_000, 90_000]) {
+    const length = base + piece
+    const got = await deliver(length, async (socket) => {
+      for (let at = 0; at < base; at += step) {
+        socket.write(Buffer.alloc(step))
+        await delay(1)
+      }
+      await delay(10)
+      socket.write(Buffer.alloc(piece))
+      await delay(20)
+      if (waiting() >= 128 * 1024) paused++
+      // Without a word about it before, as where a keep-alive time runs out.
+      socket.end()
+      await delay(50)
+    })
+    t.equal(got, length, `the last ${piece} bytes in one piece`)
+  }
+  t.ok(paused > 0, `${paused} answers ended while the client had to catch up`)
 })
