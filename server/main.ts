@@ -28,6 +28,8 @@ import { Watch } from './watch.ts'
 const exitUsage = 64
 const exitUnavailable = 69
 const exitNoRights = 77
+/** ms within which an engine that is well answers. */
+const readinessPatience = 2_000
 
 const config = readConfigOrExit()
 const log = pino({ level: pinoLevel(config.log.level) })
@@ -77,18 +79,27 @@ rememberClock()
 groups.load()
 await watch.start(10_000)
 
+/** One question at a time, however many ask: this is open to everybody. */
+let asked: Promise<boolean> | null = null
+function engineAnswers(): Promise<boolean> {
+  asked ??= Promise.race([engine.ping().then(() => true, () => false), delay(readinessPatience, false, { ref: false })]).finally(() => (asked = null))
+  return asked
+}
+
 const server = createServer({
   config, groups, routes,
   askPolicy: sidecars.policy,
   now: clock.now,
   readiness: async () => {
+    // The watch learns of an engine's end from its stream, which may outlive the engine's port by some moments.
+    const reached = watch.connected && (await engineAnswers())
     const checks = {
-      engine: watch.connected ? 'ok' : 'unreachable',
+      engine: reached ? 'ok' : 'unreachable',
       store: storeCheck(),
       host_guard: guard === null ? 'off' : guardFault === '' ? 'ok' : guardFault,
       isolation: network.isolation,
     }
-    return { ready: watch.connected && checks.store === 'ok' && guardFault === '', checks }
+    return { ready: reached && checks.store === 'ok' && guardFault === '', checks }
   },
   finished: (request) => log.info({ event: 'request', ...request }),
   clientEvent: (event) => log.info({ event: 'client-event', ...event }),
