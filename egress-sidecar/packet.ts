@@ -326,13 +326,30 @@ export function capTtls(message: Buffer, offsets: readonly number[], seconds: nu
   for (const offset of offsets) if (message.readUInt32BE(offset) > seconds) message.writeUInt32BE(seconds, offset)
 }
 
-/** Does `reply` answer exactly this question (RFC 5452 9.1)? Some servers do not keep the case of the name. */
-export function echoesQuestion(reply: Buffer, query: Buffer, questionEnd: number): boolean {
-  if (reply.length < questionEnd || uint16(reply, 4) !== 1 || (uint16(reply, 2) & 0xf800) !== 0x8000) return false
+/**
+ * Inverts the case of the question's letters that have a bit in `mask`, lowest first; the same call again restores it. Names mean the same in any
+ * case, and servers give the question back as they got it: whoever did not see it does not know how. draft-vixie-dnsext-dns0x20
+ */
+export function mixCase(message: Buffer, questionEnd: number, mask: number): void {
+  // Lengths of labels are below any letter, so the bytes need not be told apart. Type and class, the last four, must not change.
+  for (let at = headerLength; at < questionEnd - 4 && mask !== 0; at++) {
+    const byte = (message[at] as number) | 0x20
+    if (byte < 0x61 || byte > 0x7a) continue
+    if ((mask & 1) !== 0) message[at] = (message[at] as number) ^ 0x20
+    mask >>>= 1
+  }
+}
+
+/** How `reply` gives the question back (RFC 5452 9.1): byte for byte, in another case, or not at all. */
+export function echoOf(reply: Buffer, query: Buffer, questionEnd: number): 'exact' | 'folded' | 'none' {
+  if (reply.length < questionEnd || uint16(reply, 4) !== 1 || (uint16(reply, 2) & 0xf800) !== 0x8000) return 'none'
+  let echo: 'exact' | 'folded' = 'exact'
   for (let at = headerLength; at < questionEnd; at++) {
     const asked = query[at] as number
     const echoed = reply[at] as number
-    if (asked !== echoed && (labelByte[asked] === 0 || labelByte[asked] !== labelByte[echoed])) return false
+    if (asked === echoed) continue
+    if (labelByte[asked] === 0 || labelByte[asked] !== labelByte[echoed]) return 'none'
+    echo = 'folded'
   }
-  return true
+  return echo
 }

@@ -1,6 +1,6 @@
 /** One question over a TCP connection of its own (RFC 7766): for answers that do not fit a datagram. */
 import { connect } from 'node:net'
-import { echoesQuestion } from './packet.ts'
+import { echoOf } from './packet.ts'
 import type { Upstream } from './ruleset.ts'
 
 /** The reply, or null when there is none that fits within `timeoutMs`. */
@@ -26,7 +26,7 @@ export function askTcp(query: Buffer, questionEnd: number, { address, port }: Up
       received = Buffer.concat([received, chunk])
       if (received.length < 2 || received.length < 2 + received.readUInt16BE(0)) return
       const reply = received.subarray(2, 2 + received.readUInt16BE(0))
-      const fits = reply.length >= 12 && reply.readUInt16BE(0) === query.readUInt16BE(0) && echoesQuestion(reply, query, questionEnd)
+      const fits = reply.length >= 12 && reply.readUInt16BE(0) === query.readUInt16BE(0) && echoOf(reply, query, questionEnd) !== 'none'
       end(fits ? reply : null)
     })
   })

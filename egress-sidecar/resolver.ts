@@ -1,11 +1,13 @@
 /**
  * Upstream DNS over connected UDP sockets that are opened once and held: a connected socket takes datagrams from its upstream
- * only, and nobody in the namespace can bind a held port. The question's bytes go out as they came, under a new random id;
- * an answer counts when id and question fit (RFC 5452). Truncated answers are asked for again over TCP for clients that can take them.
+ * only, and nobody in the namespace can bind a held port. The question's bytes go out as they came, but for a new random id and the
+ * case of its letters; an answer counts when both fit (RFC 5452, draft-vixie-dnsext-dns0x20). One that fits but for the case is a forgery or comes
+ * from a server that does not keep it: TCP, where nobody can guess, tells which. Truncated answers are asked for again over TCP for clients that can
+ * take them.
  */
 import { createSocket, type Socket } from 'node:dgram'
 import type { Done, Resolver, Transport } from './answer.ts'
-import { echoesQuestion, rcodes } from './packet.ts'
+import { echoOf, mixCase, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
 import type { Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
@@ -44,6 +46,8 @@ const probeMs = 2000
 const togetherMs = 1
 /** Before the next upstream is asked; a stub resolver waits 5 s for everything together. */
 const patienceMs = 1200
+/** Bytes of a datagram that every client takes. RFC 1035 4.2.1 */
+const anyClientTakes = 512
 
 class Pending {
   readonly query: Buffer
@@ -57,6 +61,8 @@ class Pending {
   readonly deadline: number
   /** When the current upstream is given up. */
   giveUp = 0
+  /** How the letters of `query` differ from what the asker wrote: `mixCase`. */
+  mask = 0
   /** Kept when no other upstream has a better one: its SERVFAIL or REFUSED. */
   failure: Buffer | null = null
 
@@ -81,6 +87,8 @@ type UpstreamState = {
   failures: number
   distrustedUntil: number
   silent: boolean
+  /** Gives back the case of the question. False as soon as it was proven, or could not be disproved, that it does not. */
+  keepsCase: boolean
 }
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
@@ -92,7 +100,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false }
+    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: true }
     try {
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
       states.push(state)
@@ -130,13 +138,33 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     if (reply.length < 12) return
     const id = reply.readUInt16BE(0)
     const pending = channel.pending.get(id)
-    if (pending === null || !echoesQuestion(reply, pending.query, pending.questionEnd)) return
+    if (pending === null) return
+    const echo = echoOf(reply, pending.query, pending.questionEnd)
+    if (echo === 'none') return
+    channel.pending.delete(id)
+    if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, pending, reply)
+    if (echo === 'exact') mixCase(reply, pending.questionEnd, pending.mask)
     state.failures = 0
+    take(pending, reply)
+  }
+
+  /** The same upstream over TCP. Where it has none, what came is taken: without the case, as for everybody else. */
+  async function askProof(state: UpstreamState, pending: Pending, folded: Buffer): Promise<void> {
+    const { query, questionEnd } = pending
+    const reply = await askTcp(query, questionEnd, state.upstream, Math.max(1, Math.min(patienceMs, pending.deadline - now())))
+    const echo = reply === null ? 'none' : echoOf(reply, query, questionEnd)
+    if (echo !== 'exact') state.keepsCase = false
+    if (reply === null) return take(pending, folded)
+    if (echo === 'exact') mixCase(reply, questionEnd, pending.mask)
+    if (pending.transport === 'udp' && reply.length > anyClientTakes) reply[2] = (reply[2] as number) | 2
+    take(pending, reply)
+  }
+
+  function take(pending: Pending, reply: Buffer): void {
     const rcode = (reply[3] as number) & 0xf
-    if (rcode !== rcodes.noError && rcode !== rcodes.nxDomain) {
-      pending.failure ??= reply
-      next(channel, id, pending)
-    } else finish(channel, id, pending, reply)
+    if (rcode === rcodes.noError || rcode === rcodes.nxDomain) return settle(pending, reply)
+    pending.failure ??= reply
+    next(pending)
   }
 
   function send(pending: Pending, time: number): void {
@@ -146,6 +174,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const id = channel.pending.add(pending)
     if (id === -1) return settle(pending, pending.failure)
     pending.query.writeUInt16BE(id, 0)
+    mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
     channel.socket.send(pending.query, channel.sent)
     sweeper ??= setInterval(sweep, sweepMs)
   }
@@ -162,25 +191,27 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     return state.channel
   }
 
+  /** From what it was to what the asker wrote, and from there on: one inversion for both. */
+  function mixAgain(pending: Pending, mask: number): void {
+    mixCase(pending.query, pending.questionEnd, pending.mask ^ mask)
+    pending.mask = mask
+  }
+
   function fail(state: UpstreamState, channel: Channel, id: number, pending: Pending): void {
     if (++state.failures >= failuresToDistrust) state.distrustedUntil = now() + distrustMs
-    next(channel, id, pending)
+    channel.pending.delete(id)
+    next(pending)
   }
 
-  function next(channel: Channel, id: number, pending: Pending): void {
+  function next(pending: Pending): void {
     const time = now()
-    if (pending.tried === pending.order.length || time >= pending.deadline) return finish(channel, id, pending, pending.failure)
-    channel.pending.delete(id)
-    send(pending, time)
-  }
-
-  function finish(channel: Channel, id: number, pending: Pending, reply: Buffer | null): void {
-    channel.pending.delete(id)
-    settle(pending, reply)
+    if (closed || pending.tried === pending.order.length || time >= pending.deadline) settle(pending, pending.failure)
+    else send(pending, time)
   }
 
   function settle(pending: Pending, reply: Buffer | null): void {
     pendingCount--
+    mixAgain(pending, 0)
     const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
     if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending.query, pending.questionEnd).then(pending.done)
     else pending.done(reply)
@@ -244,7 +275,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       if (sweeper !== null) clearInterval(sweeper)
       for (const { channels } of states) {
         for (const channel of channels) {
-          for (const [id, waiting] of channel.pending.all()) finish(channel, id, waiting, null)
+          for (const [, waiting] of channel.pending.all()) settle(waiting, null)
           channel.socket.close()
         }
       }

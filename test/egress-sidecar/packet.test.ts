@@ -1,6 +1,6 @@
 /** The DNS reader: what it takes, what it refuses, and that neither costs much. */
 import t from 'tap'
-import { capTtls, echoesQuestion, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type Question } from '../../egress-sidecar/packet.ts'
+import { capTtls, echoOf, emptyReply, headerReply, mixCase, rcodes, readAnswer, readQuestion, truncatedReply, type Question } from '../../egress-sidecar/packet.ts'
 import { message, opt, replyFlags, toQuestion, types, wireName, type MessageText, type NameText } from './message.ts'
 
 function questionOf(query: Buffer): Question {
@@ -119,16 +119,42 @@ t.test('TTLs are only lowered', async (t) => {
 t.test('a reply must repeat the question', async (t) => {
   const query = message({ name: 'a.example', additional: [opt(1232)] })
   const end = questionOf(query).end
-  const rows: { why: string; reply: Buffer; want: boolean }[] = [
-    { why: 'the same', reply: message({ flags: replyFlags }), want: true },
-    { why: 'another case', reply: message({ flags: replyFlags, name: 'A.eXample' }), want: true },
-    { why: 'another name', reply: message({ flags: replyFlags, name: 'b.example' }), want: false },
-    { why: 'another type', reply: message({ flags: replyFlags, type: types.AAAA }), want: false },
-    { why: 'a shorter one', reply: message({ flags: replyFlags, name: 'example' }), want: false },
-    { why: 'not a reply', reply: message({}), want: false },
-    { why: 'no question at all', reply: patched(message({ flags: replyFlags }), 5, 0), want: false },
+  const rows: { why: string; reply: Buffer; want: ReturnType<typeof echoOf> }[] = [
+    { why: 'the same', reply: message({ flags: replyFlags }), want: 'exact' },
+    { why: 'another case', reply: message({ flags: replyFlags, name: 'A.eXample' }), want: 'folded' },
+    { why: 'another name', reply: message({ flags: replyFlags, name: 'b.example' }), want: 'none' },
+    { why: 'another name, in another case before', reply: message({ flags: replyFlags, name: 'A.exampld' }), want: 'none' },
+    { why: 'another type', reply: message({ flags: replyFlags, type: types.AAAA }), want: 'none' },
+    { why: 'a shorter one', reply: message({ flags: replyFlags, name: 'example' }), want: 'none' },
+    { why: 'not a reply', reply: message({}), want: 'none' },
+    { why: 'no question at all', reply: patched(message({ flags: replyFlags }), 5, 0), want: 'none' },
   ]
-  for (const { why, reply, want } of rows) t.equal(echoesQuestion(reply, query, end), want, why)
+  for (const { why, reply, want } of rows) t.equal(echoOf(reply, query, end), want, why)
+})
+
+t.test('the case of a question (0x20)', async (t) => {
+  const mixed = (name: string | string[], mask: number, type: number = types.A): Buffer => {
+    const query = message({ name, type, additional: [opt(1232)] })
+    mixCase(query, questionOf(query).end, mask)
+    return query
+  }
+  const rows: { why: string; name: string; mask: number; want: string }[] = [
+    { why: 'none', name: 'aB.example', mask: 0, want: 'aB.example' },
+    { why: 'all', name: 'aB.example', mask: -1, want: 'Ab.EXAMPLE' },
+    { why: 'the first letter has the lowest bit', name: 'ab.example', mask: 1, want: 'Ab.example' },
+    { why: 'only letters take one', name: 'a-1_z.example', mask: 2, want: 'a-1_Z.example' },
+    { why: 'those behind the 32nd stay', name: 'a'.repeat(40), mask: -1, want: 'A'.repeat(32) + 'a'.repeat(8) },
+    { why: 'the highest bit is one like any other', name: 'a'.repeat(33), mask: 1 << 31, want: 'a'.repeat(31) + 'Aa' },
+  ]
+  for (const { why, name, mask, want } of rows) {
+    const query = mixed(name, mask)
+    t.same(query, message({ name: want, additional: [opt(1232)] }), why)
+    mixCase(query, questionOf(query).end, mask)
+    t.same(query, message({ name, additional: [opt(1232)] }), `${why}, and back`)
+  }
+  // 97 to 122 are letters, and no type, class or length of a label may be taken for one.
+  t.same(mixed('b'.repeat(63), -1, 0x6161), message({ name: 'B'.repeat(32) + 'b'.repeat(31), type: 0x6161, additional: [opt(1232)] }), 'lengths and types are left alone')
+  t.same(mixed(['[{@`', 'a'], -1), message({ name: ['[{@`', 'A'], additional: [opt(1232)] }), 'neighbours of letters are none')
 })
 
 t.test('what is remembered of questions and addresses is never mixed up', async (t) => {

@@ -8,7 +8,7 @@ import { askOnce } from '../../egress-sidecar/question.ts'
 import { createResolver, type UdpResolver } from '../../egress-sidecar/resolver.ts'
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
 import { startProbes } from '../../egress-sidecar/upstream-probes.ts'
-import { message, rcodeOf, replyFlags, toQuestion, types } from './message.ts'
+import { message, rcodeOf, record, replyFlags, toQuestion, types } from './message.ts'
 
 type Reply = (query: Buffer, send: (reply: Buffer) => void, peer: RemoteInfo) => void
 
@@ -31,12 +31,33 @@ async function resolverOf(t: Test, upstreams: Upstream[], timeoutMs = 3000, tcp 
   return resolver
 }
 
+async function serveTcp(t: Test, port: number, whole: (asked: Buffer) => Buffer): Promise<void> {
+  const server = createServer((socket) => {
+    socket.on('error', () => socket.destroy())
+    socket.on('data', (data) => {
+      const reply = whole(data.subarray(2))
+      const framed = Buffer.concat([Buffer.of(reply.length >> 8, reply.length & 255), reply])
+      // In two parts: the length alone may come first.
+      socket.write(framed.subarray(0, 1), () => socket.write(framed.subarray(1)))
+    })
+  }).listen(port, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => server.close())
+}
+
 const query = (): Buffer => message({ name: 'a.example' })
 const end = query().length
-const answer = (asked: Buffer, address = '198.51.100.1', flags = replyFlags): Buffer => message({ id: asked.readUInt16BE(0), flags, name: 'a.example', answers: [{ name: toQuestion, type: types.A, data: address }] })
+/** Gives the question back as it came, as servers do. */
+function answer(asked: Buffer, address = '198.51.100.1', flags = replyFlags): Buffer {
+  const reply = folded(asked, address, flags)
+  asked.copy(reply, 12, 12, end)
+  return reply
+}
+/** By a server that does not keep the case, or somebody who did not see the question. */
+const folded = (asked: Buffer, address = '198.51.100.1', flags = replyFlags): Buffer => message({ id: asked.readUInt16BE(0), flags, name: 'a.example', answers: [{ name: toQuestion, type: types.A, data: address }] })
 const good: Reply = (asked, send) => send(answer(asked))
 
-t.test('the question goes out unchanged but for its id', async (t) => {
+t.test('the question goes out unchanged but for its id and its case', async (t) => {
   let got: Buffer = Buffer.alloc(0)
   const peer = await upstream(t, (asked, send) => {
     got = asked
@@ -44,7 +65,87 @@ t.test('the question goes out unchanged but for its id', async (t) => {
   })
   const resolver = await resolverOf(t, [peer])
   t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
-  t.same(got.subarray(2), query().subarray(2))
+  t.same(got.toString('latin1', 2).toLowerCase(), query().toString('latin1', 2).toLowerCase())
+})
+
+t.test('the case of the name is random, and the asker hears nothing of it (0x20)', async (t) => {
+  const cases = new Set<string>()
+  const peer = await upstream(t, (asked, send) => {
+    cases.add(asked.toString('latin1', 12, end))
+    send(answer(asked))
+  })
+  const resolver = await resolverOf(t, [peer])
+  for (let i = 0; i < 100; i++) {
+    const mine = message({ name: 'A.exAmple' })
+    const reply = (await askOnce(resolver, mine, end, 'udp')) as Buffer
+    if (!reply.subarray(12, end).equals(message({ name: 'A.exAmple' }).subarray(12))) t.fail(`the answer is to ${reply.toString('latin1', 12, end)}`)
+    if (!mine.subarray(2).equals(message({ name: 'A.exAmple' }).subarray(2))) t.fail(`the question is ${mine.toString('latin1', 12, end)} now`)
+  }
+  // 8 letters, 256 ways: fewer than 60 of them in 100 draws is what nobody will see.
+  t.ok(cases.size >= 60, `${cases.size} ways to write it in 100 questions`)
+  const plain = await resolverOf(t, [peer], 3000, false)
+  cases.clear()
+  for (let i = 0; i < 20; i++) await askOnce(plain, query(), end, 'udp')
+  t.same([...cases], [query().toString('latin1', 12, end)], 'where TCP is not let out it is left alone: nothing could prove what an answer in another case is')
+})
+
+t.test('an answer in another case', async (t) => {
+  const [truth, lie] = ['198.51.100.2', '198.18.0.66']
+  // That none of the eight letters was changed happens, and is no mistake: these are asked until it did not.
+  const changed = (asked: Buffer): boolean => !asked.subarray(12, end).equals(query().subarray(12))
+  const long = { name: toQuestion, type: types.TXT, data: Buffer.alloc(600, 1) }
+  const rows: { why: string; tcp: ((asked: Buffer) => Buffer) | null; want: string; again: boolean }[] = [
+    { why: 'from somebody who guessed id and port: TCP has the truth', tcp: (asked) => answer(asked, truth), want: truth, again: true },
+    { why: 'the same, with a refusal', tcp: (asked) => answer(asked, truth, replyFlags | 5), want: 'rcode 5', again: true },
+    { why: 'the same, and the truth is too long for a datagram', tcp: (asked) => Buffer.concat([patchedCount(answer(asked, truth)), record(long)]), want: 'truncated', again: true },
+    { why: 'from a server that does not keep the case', tcp: (asked) => folded(asked, truth), want: truth, again: false },
+    { why: 'from one without TCP', tcp: null, want: lie, again: false },
+    { why: 'from one whose TCP is broken', tcp: () => Buffer.alloc(20), want: lie, again: false },
+  ]
+  for (const { why, tcp, want, again } of rows) {
+    let [last, proofs] = [query(), 0]
+    const peer = await upstream(t, (asked, send) => {
+      last = asked
+      send(folded(asked, lie))
+    })
+    if (tcp !== null) await serveTcp(t, peer.port, (asked) => (proofs++, tcp(asked)))
+    const resolver = await resolverOf(t, [peer], 1000)
+    const ask = async (): Promise<Buffer> => {
+      for (let i = 0; i < 20; i++) {
+        const got = (await askOnce(resolver, query(), end, 'udp')) as Buffer
+        if (changed(last)) return got
+      }
+      throw new Error('twenty questions without a change')
+    }
+    t.equal(shortly(await ask()), want, why)
+    await askOnce(resolver, query(), end, 'udp')
+    const before = proofs
+    last = query()
+    if (again) await ask()
+    else for (let i = 0; i < 5; i++) await askOnce(resolver, query(), end, 'udp')
+    t.equal(proofs > before, again, `${why}: asked over TCP again`)
+    if (!again) t.notOk(changed(last), `${why}: its questions are left alone from then on`)
+  }
+  function shortly(reply: Buffer): string {
+    if (rcodeOf(reply) !== 0) return `rcode ${rcodeOf(reply)}`
+    if ((reply.readUInt16BE(2) & 0x0200) !== 0) return 'truncated'
+    return [truth, lie].filter((address) => reply.includes(Buffer.from(address.split('.').map(Number)))).join()
+  }
+  function patchedCount(reply: Buffer): Buffer {
+    reply.writeUInt16BE(2, 6)
+    return reply
+  }
+})
+
+t.test('closed while an answer in another case is being proven', async (t) => {
+  const peer = await upstream(t, (asked, send) => send(folded(asked)))
+  const asked = new Promise<void>((resolve) => void serveTcp(t, peer.port, (question) => (resolve(), folded(question, '198.51.100.2', replyFlags | 5))))
+  const resolver = await createResolver({ upstreams: [peer, await upstream(t, good)], timeoutMs: 1000, tcp: () => true }, () => performance.now())
+  const all = Array.from({ length: 8 }, () => askOnce(resolver, query(), end, 'udp'))
+  await asked
+  resolver.close()
+  await Promise.all(all)
+  t.pass('everybody got an answer, and nothing is sent from closed sockets')
 })
 
 t.test('ids and ports are not the same again and again', async (t) => {
@@ -128,17 +229,7 @@ t.test('nobody answers: null in time, and a silent upstream is asked last from t
 t.test('a truncated answer is asked for over TCP, for clients that can take it', async (t) => {
   const peer = await upstream(t, (asked, send) => send(answer(asked, '198.51.100.1', replyFlags | 0x0200)))
   let whole: (asked: Buffer) => Buffer = (asked) => answer(asked, '198.51.100.2')
-  const server = createServer((socket) => {
-    socket.on('error', () => socket.destroy())
-    socket.on('data', (data) => {
-      const reply = whole(data.subarray(2))
-      const framed = Buffer.concat([Buffer.of(reply.length >> 8, reply.length & 255), reply])
-      // In two parts: the length alone may come first.
-      socket.write(framed.subarray(0, 1), () => socket.write(framed.subarray(1)))
-    })
-  }).listen(peer.port, '127.0.0.1')
-  await once(server, 'listening')
-  t.teardown(() => server.close())
+  await serveTcp(t, peer.port, (asked) => whole(asked))
   const resolver = await resolverOf(t, [peer], 1000)
   t.ok((await askOnce(resolver, query(), end, 'tcp'))?.includes(Buffer.of(198, 51, 100, 2)))
   t.equal(((await askOnce(resolver, query(), end, 'udp')) as Buffer)[2]! & 2, 2, 'a UDP client gets the truncation')

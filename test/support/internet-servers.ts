@@ -11,7 +11,7 @@ import { createServer as createTcpServer, type AddressInfo, type Socket } from '
 import { createInterface } from 'node:readline'
 import { answerFromZones, type Zones } from './zones.ts'
 
-/** One DNS question as it came. */
+/** One DNS question as it came, but for its name in lower case: the sidecar mixes it. */
 export type SeenQuestion = { readonly name: string; readonly type: number; readonly transport: 'udp' | 'tcp'; readonly from: string }
 /**
  * One conversation. `address` and `port` are where the other side meant to go for HTTP; for the echo they are the echo's own
@@ -88,7 +88,7 @@ async function listenDns(): Promise<unknown[]> {
 function reply(request: DNS.Packet, send: (answer: DNS.Packet) => unknown, peer: Pick<SeenQuestion, 'transport' | 'from'>): void {
   const question = request.questions[0]
   if (question === undefined) return
-  if (questions.length < KEPT) questions.push({ name: question.name, type: question.type, ...peer })
+  if (questions.length < KEPT) questions.push({ name: question.name.toLowerCase(), type: question.type, ...peer })
   const answer = new DNS.Packet()
   answer.header = { ...request.header, qr: 1, aa: 0, ra: 1 } as DNS.Packet.Header
   answer.questions = [question]
