@@ -1,4 +1,7 @@
-/** Cgroups of the bench's own that limit how much processor a process gets, by version 1 or 2 of the cpu controller, whichever the machine has. */
+/**
+ * Cgroups of the bench's own: some limit how much processor a process gets, by version 1 or 2 of the cpu controller, whichever the machine has;
+ * others only tell its processes from those of others.
+ */
 import { existsSync } from 'node:fs'
 import { mkdir, readFile, rmdir, writeFile } from 'node:fs/promises'
 import path from 'node:path'
@@ -27,6 +30,18 @@ export async function makeQuotas(names: readonly string[], share: number, cleanu
     await limit(cgroup, Math.round(share * period))
   }
   return cgroups.map((cgroup) => (pid) => writeFile(path.join(cgroup, 'cgroup.procs'), String(pid)))
+}
+
+/** The folder of a cgroup without limits, below the tree of version 2. @throws Error when none is mounted */
+export async function makeGroup(name: string, cleanups: Cleanups): Promise<string> {
+  const mounts = (await readFile('/proc/self/mounts', 'utf8')).split('\n').map((line) => line.split(' '))
+  const tree = mounts.find(([, , type]) => type === 'cgroup2')?.[1]
+  if (tree === undefined) throw new Error('no tree of cgroups of version 2 is mounted')
+  const group = path.join(tree, prefix + name)
+  await remove(group)
+  cleanups.add(() => remove(group))
+  await mkdir(group)
+  return group
 }
 
 async function findController(): Promise<Controller> {

@@ -9,6 +9,8 @@ export type Start = {
   readonly env?: Readonly<Record<string, string>>
   /** Network namespace to run in; the machine's own when absent. */
   readonly namespace?: string
+  /** Folder of the cgroup to run in, from its first moment on; ours when absent. */
+  readonly cgroup?: string
   /** Asked every 20 ms until it answers true; a rejection means not yet. */
   readonly ready: () => Promise<boolean>
 }
@@ -23,9 +25,11 @@ const ticksPerSecond = 100
  * its own credentials, as dnsmasq does.
  * @throws Error with the end of its output when it exits or is not ready within 20 s
  */
-export async function startProgram(file: string, args: readonly string[], { env = {}, namespace, ready }: Start): Promise<Program> {
-  const command = ['setpriv', '--pdeathsig', 'KILL', '--', file, ...args]
-  const [program, ...rest] = namespace === undefined ? command : ['ip', 'netns', 'exec', namespace, ...command]
+export async function startProgram(file: string, args: readonly string[], { env = {}, namespace, cgroup, ready }: Start): Promise<Program> {
+  // First into the cgroup: inside a namespace its tree is not to be seen.
+  const joined = cgroup === undefined ? [] : ['sh', '-c', 'echo $$ > "$0/cgroup.procs" && exec "$@"', cgroup]
+  const entered = namespace === undefined ? [] : ['ip', 'netns', 'exec', namespace]
+  const [program, ...rest] = [...joined, ...entered, 'setpriv', '--pdeathsig', 'KILL', '--', file, ...args]
   const child = execa(program!, rest, { env, stdin: 'ignore', all: true, buffer: false, reject: false })
   let output = ''
   child.all.on('data', (chunk: Buffer) => { output = (output + chunk.toString()).slice(-4000) })

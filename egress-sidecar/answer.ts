@@ -14,7 +14,7 @@ import type { Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
 import type { Firewall, Opened } from './firewall.ts'
 import type { AddressJudge } from './judge.ts'
-import { emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
+import { added, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
 import { leaseSeconds } from './ruleset.ts'
 
 export type Transport = 'udp' | 'tcp'
@@ -60,7 +60,7 @@ export function answer(query: Buffer, transport: Transport, deps: AnswerDeps, do
   new Course(query, question, transport, deps, done).judgeName()
 }
 
-const none: readonly string[] = []
+const none: readonly never[] = []
 
 /** One question on its way. */
 class Course {
@@ -117,23 +117,24 @@ class Course {
     if (rules !== deps.firewall.rules) return this.judgeName()
     const denied = deniedAlias(rules, found)
     if (denied !== null) return this.refuse(rcodes.nxDomain, 'denied', denied)
-    const allowed: AddressRecord[] = []
-    const addresses: string[] = []
+    let allowed: AddressRecord[] | null = null
+    let addresses: string[] | null = null
     for (const record of found.addresses) {
       const address = deps.mayOpen(rules, record.address)
       if (address === null) continue
-      allowed.push(record)
-      addresses.push(address)
+      allowed = added(allowed, record)
+      addresses = added(addresses, address)
     }
     const seconds = leaseSeconds(found.ttl)
+    const opening = addresses ?? none
     const tell = (opened: Opened): void => {
       // 5. answer
       if (opened === 'stale') return this.judgeName()
       if (opened === 'failed') return this.refuse(rcodes.servFail, 'kernel-failed', this.verdict)
-      const reply = composeReply({ query: this.query, question, message, found, allowed, seconds, strict: rules.defaultAction === 'deny' })
-      this.settle(reply, 'answered', this.verdict, addresses)
+      const reply = composeReply({ query: this.query, question, message, found, allowed: allowed ?? none, seconds, strict: rules.defaultAction === 'deny' })
+      this.settle(reply, 'answered', this.verdict, opening)
     }
-    const opened = addresses.length === 0 ? 'open' : deps.firewall.open(question.name as string, addresses, seconds, rules)
+    const opened = opening.length === 0 ? 'open' : deps.firewall.open(question.name as string, opening, seconds, rules)
     if (typeof opened === 'string') tell(opened)
     else void opened.then(tell)
   }

@@ -8,7 +8,7 @@
  */
 import { readFile, readlink } from 'node:fs/promises'
 import { release } from 'node:os'
-import { NftError, runIptables, type Nft } from './nft.ts'
+import { NftError, appendIptables, type Nft } from './nft.ts'
 import type { Exemption } from './ruleset.ts'
 
 export type ExemptionWish = 'auto' | 'cgroup' | 'ports'
@@ -25,6 +25,8 @@ export type ExemptionDeps = {
   /** Is one of the upstreams reached over IPv6? */
   readonly ipv6: boolean
   readonly ports: readonly number[]
+  /** Where the exemption will lead: the ports of the upstreams, and the webhook's. */
+  readonly towards: readonly { readonly protocol: 'udp' | 'tcp'; readonly port: number }[]
 }
 
 export type ChosenExemption = Exemption & { readonly kind: 'cgroup-iptables' | 'cgroup-nft' | 'ports'; readonly why: string }
@@ -66,12 +68,17 @@ async function ownCgroupPath(): Promise<string> {
   return path
 }
 
-async function byIptables(path: string, { ipv6 }: ExemptionDeps): Promise<ChosenExemption> {
+/**
+ * In the table `raw`: a mark that changes in `mangle` has the kernel look for a route once more. Only packets towards the ports in question are
+ * looked at, the only ones whose mark our table asks for; everybody else's streams pay two comparisons.
+ */
+async function byIptables(path: string, { ipv6, towards }: ExemptionDeps): Promise<ChosenExemption> {
   // Appended, so that after a restart in the same namespace the newest pair has the last word.
-  for (const program of ipv6 ? (['iptables', 'ip6tables'] as const) : (['iptables'] as const)) {
-    await runIptables(program, ['-w', '-t', 'mangle', '-A', 'OUTPUT', '-j', 'MARK', '--set-mark', '0'])
-    await runIptables(program, ['-w', '-t', 'mangle', '-A', 'OUTPUT', '-m', 'cgroup', '--path', path, '-j', 'MARK', '--set-mark', mark])
-  }
+  const rules = towards.flatMap(({ protocol, port }) => [
+    `-A OUTPUT -p ${protocol} --dport ${port} -j MARK --set-mark 0`,
+    `-A OUTPUT -p ${protocol} --dport ${port} -m cgroup --path "${path}" -j MARK --set-mark ${mark}`,
+  ])
+  for (const program of ipv6 ? (['iptables', 'ip6tables'] as const) : (['iptables'] as const)) await appendIptables(program, 'raw', rules)
   return { kind: 'cgroup-iptables', why: path, match: `meta mark ${mark}`, protocols: ['udp', 'tcp'] }
 }
 

@@ -115,7 +115,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   function enqueue(address: string, name: string, wanted: number, seconds: number): Batch | null {
     const before = learned.get(address)
     const entry: Learned = before ?? { until: 0, names: [], batch: null }
-    if (!entry.names.includes(name)) {
+    if (entry.names[0] !== name && !entry.names.includes(name)) {
       if (entry.names.length >= maxNames) entry.names.shift()
       entry.names.push(name)
     }

@@ -15,7 +15,7 @@ type Sample = readonly [suffix: string, label: string, value: number]
 /** @param attributes labels of every sample */
 export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics {
   const common = [...attributes].map(([name, value]) => `${labelName(name)}="${labelValue(value)}"`).join(',')
-  const questions = new Map<string, number>(results.map((result) => [result, 0]))
+  const questions = Object.fromEntries(results.map((result) => [result, 0])) as Record<Outcome['result'], number>
   const denials = new Map<string, number>()
   const counts = new Float64Array(buckets.length + 1)
   let sum = 0
@@ -23,7 +23,7 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
 
   return {
     outcome({ result, verdict, took }) {
-      questions.set(result, (questions.get(result) ?? 0) + 1)
+      questions[result]++
       if (result === 'denied') {
         denials.set(verdict.reason, (denials.get(verdict.reason) ?? 0) + 1)
         return
@@ -41,7 +41,7 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
         const sample = ([suffix, label, value]: Sample): string => `${name}${suffix}${braces(label, common)} ${value}`
         lines.push(`# HELP ${name} ${help}`, `# TYPE ${name} ${type}`, ...samples.map(sample))
       }
-      metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', [...questions].map(([result, count]) => ['', `result="${result}"`, count]))
+      metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', Object.entries(questions).map(([result, count]) => ['', `result="${result}"`, count]))
       metric('egress_policy_denied_total', 'counter', 'denied DNS questions by reason', [...denials].map(([reason, count]) => ['', `reason="${reason}"`, count]))
       let below = 0
       const histogram = buckets.map((limit, i): Sample => ['_bucket', `le="${limit}"`, (below += counts[i] as number)])

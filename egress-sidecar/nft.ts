@@ -125,8 +125,9 @@ export function createNft(): Nft {
   }
 }
 
-/** Runs `iptables` (or `ip6tables`) once. @throws NftError with what it said */
-export async function runIptables(program: 'iptables' | 'ip6tables', args: readonly string[]): Promise<void> {
-  const result = await execa(program, args, { reject: false, env: environment, extendEnv: false, timeout: defaultTimeoutMs, stdin: 'ignore', cleanup: false })
-  if (result.failed) throw new NftError(`${program} ${args.join(' ')}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
+/** Adds rules to a table of `iptables` (or `ip6tables`), all or none. @throws NftError with what it said */
+export async function appendIptables(program: 'iptables' | 'ip6tables', table: string, rules: readonly string[]): Promise<void> {
+  const input = [`*${table}`, ...rules, 'COMMIT', ''].join('\n')
+  const result = await execa(`${program}-restore`, ['--noflush', '--wait'], { reject: false, env: environment, extendEnv: false, timeout: defaultTimeoutMs, input, cleanup: false })
+  if (result.failed) throw new NftError(`${program}-restore: ${result.stderr.trim() || result.shortMessage || 'failed'}\n${input}`)
 }

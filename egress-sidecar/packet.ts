@@ -131,6 +131,8 @@ export type Answer = {
 /** `rdata` and `length` delimit the record's data in the message. */
 export type ServiceRecord = { readonly type: number; readonly rdata: number; readonly length: number }
 
+const none: readonly never[] = []
+
 /** Names by their offset; most replies have none but the question's. */
 type KnownNames = { at: Map<number, string> | null }
 
@@ -140,8 +142,8 @@ type FoundRecord = { owner: string; type: number; ttl: number; rdata: number; le
 export function readAnswer(message: Buffer, question: Question): Answer | null {
   const flags = uint16(message, 2)
   const claimed = uint16(message, 6)
-  const records: FoundRecord[] = []
-  const ttlOffsets: number[] = []
+  let records: FoundRecord[] | null = null
+  let ttlOffsets: number[] | null = null
   let aliasOf: Map<string, Alias> | null = null
   const names: KnownNames = { at: null }
   // A question that was allowed has a name without unusual bytes, the same in both forms.
@@ -164,23 +166,30 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
       if (target === null) return null
       aliasOf ??= new Map()
       if (!aliasOf.has(owner)) aliasOf.set(owner, { target, ttl })
-      ttlOffsets.push(at + 4)
+      ttlOffsets = added(ttlOffsets, at + 4)
     } else if (isIn && (type === recordTypes.a || type === recordTypes.aaaa)) {
       if (length !== (type === recordTypes.a ? 4 : 16)) return null
-      records.push({ owner, type, ttl, rdata, length })
-      ttlOffsets.push(at + 4)
+      records = added(records, { owner, type, ttl, rdata, length })
+      ttlOffsets = added(ttlOffsets, at + 4)
     } else if (isIn && (type === recordTypes.https || type === recordTypes.svcb)) {
-      records.push({ owner, type, ttl, rdata, length })
-      ttlOffsets.push(at + 4)
+      records = added(records, { owner, type, ttl, rdata, length })
+      ttlOffsets = added(ttlOffsets, at + 4)
     }
     at = rdata + length
   }
-  return followChain(message, { flags, asked, aliasOf, records, ttlOffsets })
+  return followChain(message, { flags, asked, aliasOf, records: records ?? none, ttlOffsets: ttlOffsets ?? none })
+}
+
+/** The list with the item at its end; most lists have one, and `[]` would make room for seventeen. */
+export function added<T>(list: T[] | null, item: T): T[] {
+  if (list === null) return [item]
+  list.push(item)
+  return list
 }
 
 type Alias = { readonly target: string; readonly ttl: number }
 
-type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Alias> | null; records: FoundRecord[]; ttlOffsets: number[] }
+type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Alias> | null; records: readonly FoundRecord[]; ttlOffsets: readonly number[] }
 
 function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets }: Collected): Answer | null {
   const chain = [asked]
@@ -194,21 +203,19 @@ function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffse
     }
     aliases = chain.slice(1).map(harmlessName)
   }
-  const addresses: AddressRecord[] = []
+  let addresses: AddressRecord[] | null = null
   let services: ServiceRecord[] | null = null
   let strays = false
   for (const record of records) {
     if (record.owner !== asked && !chain.includes(record.owner)) strays = true
     else {
       ttl = Math.min(ttl, record.ttl)
-      if (record.type === recordTypes.a || record.type === recordTypes.aaaa) addresses.push({ address: formatAddress(message, record.rdata, record.length), type: record.type, rdata: record.rdata })
-      else (services ??= []).push({ type: record.type, rdata: record.rdata, length: record.length })
+      if (record.type === recordTypes.a || record.type === recordTypes.aaaa) addresses = added(addresses, { address: formatAddress(message, record.rdata, record.length), type: record.type, rdata: record.rdata })
+      else services = added(services, { type: record.type, rdata: record.rdata, length: record.length })
     }
   }
-  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses, aliases, ttl, ttlOffsets, services: services ?? none, strays }
+  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses: addresses ?? none, aliases, ttl, ttlOffsets, services: services ?? none, strays }
 }
-
-const none: readonly never[] = []
 
 function harmlessName(name: string): string | null {
   for (let i = 0; i < name.length; i++) if (name[i] !== '.' && labelByte[name.charCodeAt(i)] === 0) return null

@@ -86,9 +86,9 @@ export function bootStatements(): string[] {
     ...families.map((f) => `add set ${table} control_v${f.n} { type ${f.type} . inet_proto . inet_service; }`),
     `add chain ${table} forward { type filter hook forward priority 0; policy drop; }`,
     `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
-    `add rule ${table} arrive iifname != "lo" ct state new tcp flags & (fin | syn | rst | ack) == syn ct mark set ${inbound}`,
+    `add rule ${table} arrive tcp flags & (fin | syn | rst | ack) == syn iif != "lo" ct state new ct mark set ${inbound}`,
     `add rule ${table} egress ${repliesToOutside}`,
-    `add rule ${table} egress oifname "lo" accept`,
+    `add rule ${table} egress oif "lo" accept`,
   ]
 }
 
@@ -104,7 +104,7 @@ export function policyStatements(input: RulesetInput, forget: readonly string[] 
     ...natRules(input).map((rule) => `add rule ${table} nat ${rule}`),
     ...exemptRules(input).map((rule) => `add rule ${table} exempt ${rule}`),
     ...deniedRules.map((rule) => `add rule ${table} denied ${rule}`),
-    ...(input.filter ? filterRules(input) : nameOnlyRules).map((rule) => `add rule ${table} egress ${rule}`),
+    ...(input.filter ? filterRules(input, forget) : nameOnlyRules).map((rule) => `add rule ${table} egress ${rule}`),
     `add chain ${table} egress { policy ${input.filter && rules.defaultAction === 'deny' ? 'drop' : 'accept'}; }`,
   ]
 }
@@ -222,7 +222,7 @@ const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 /** Mode `dns`: names are filtered, addresses are not. */
 const nameOnlyRules = [notDockerResolver]
 
-function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput): string[] {
+function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, forget: readonly string[]): string[] {
   // A resolver on another port than 53 is not redirected: an allowed name that leads to its address must not open it.
   const upstreamsClosed = upstreams.filter((u) => u.port !== 53).map((u) => `${familyOf(u.address).ip} daddr ${u.address} meta l4proto { tcp, udp } th dport ${u.port} goto denied`)
   const mark = `0x${generation.toString(16)}`
@@ -230,7 +230,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput):
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
     repliesToOutside,
     notDockerResolver,
-    'oifname "lo" accept',
+    'oif "lo" accept',
     // A redirected question still has its first route's interface here, but our address.
     `ip daddr 127.0.0.1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`,
   ]
@@ -243,16 +243,16 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput):
   if (!ipv6) list.push('meta nfproto ipv6 goto denied')
   list.push('ct state invalid goto denied')
   // DNS over TLS and QUIC (RFC 7858, RFC 9250).
-  list.push('meta l4proto { tcp, udp } th dport 853 goto denied')
-  if (doh.everywhere) list.push('meta l4proto { tcp, udp } th dport 443 goto denied')
-  else if (doh.addresses.length > 0) for (const f of families) list.push(`meta l4proto { tcp, udp } th dport 443 ${f.ip} daddr . meta l4proto @doh_block_v${f.n} goto denied`)
+  list.push('th dport 853 meta l4proto { tcp, udp } goto denied')
+  if (doh.everywhere) list.push('th dport 443 meta l4proto { tcp, udp } goto denied')
+  else if (doh.addresses.length > 0) for (const f of families) list.push(`th dport 443 meta l4proto { tcp, udp } ${f.ip} daddr . meta l4proto @doh_block_v${f.n} goto denied`)
   // Every packet is judged, not only a connection's first: a new deny cuts live connections. Hence no look into sets that are empty.
   for (const f of families) {
     const denied = rules[`deny${f.n}`]
     if (denied.some((text) => !text.includes('/'))) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`)
     if (denied.some((text) => text.includes('/'))) list.push(`${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
   }
-  for (const f of families) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
+  for (const f of families) if (forget.some((address) => familyOf(address) === f)) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
   for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
   for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)
   // A connection that was silent for longer than its address's lease may go on; a new handshake on the same ports may not.

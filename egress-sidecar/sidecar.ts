@@ -92,8 +92,10 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     })
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
-    const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => exemption.protocols.includes('tcp') }, now))
-    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports })
+    let tcpIsExempt = false
+    const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt }, now))
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
+    tcpIsExempt = exemption.protocols.includes('tcp')
     for (const problem of asking.unroutable) log.event('warn', 'egress.upstream_unroutable', `upstream not used: ${problem}`)
     probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })
     // 4. the policy
@@ -130,7 +132,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
   async function openWebhook(url: URL, reaching: { resolver: UdpResolver; nft: Nft; ipv6: boolean }, exemption: ChosenExemption): Promise<Webhook> {
     if (filter && !exemption.protocols.includes('tcp')) log.event('warn', 'egress.webhook_by_policy', 'exempt by ports: the webhook is reached only where the policy allows its address')
     const host = url.hostname.replaceAll(/[[\]]/g, '')
-    const place = createControlPlace({ ...reaching, host, port: Number(url.port) || (url.protocol === 'https:' ? 443 : 80), now: () => performance.now() })
+    const place = createControlPlace({ ...reaching, host, port: webhookPort(url), now: () => performance.now() })
     return createWebhook({ url, sandboxId: config.sandboxId, place, warn: (message) => log.limited('egress.webhook', message) })
   }
 
@@ -158,6 +160,17 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       resolver?.close()
     },
   }
+}
+
+/** Protocols and ports, each pair once, that the sidecar itself may have to go to. */
+function exemptPlaces({ upstreams, denyWebhook }: Config): { protocol: 'udp' | 'tcp'; port: number }[] {
+  const upstreamPorts = new Set(upstreams.map(({ port }) => port))
+  const tcp = new Set([...upstreamPorts, ...(denyWebhook === null ? [] : [webhookPort(denyWebhook)])])
+  return [...[...upstreamPorts].map((port) => ({ protocol: 'udp' as const, port })), ...[...tcp].map((port) => ({ protocol: 'tcp' as const, port }))]
+}
+
+function webhookPort({ port, protocol }: URL): number {
+  return Number(port) || (protocol === 'https:' ? 443 : 80)
 }
 
 /** An IPv6 question can be redirected only to ::1. */

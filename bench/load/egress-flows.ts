@@ -11,7 +11,7 @@ import { makeIslands, type Island } from '../namespaces.ts'
 import { runCommand, type Cleanups } from '../program.ts'
 import { percentile, type Arena, type Effort, type Sample, type Target } from '../rounds.ts'
 import { streamPorts } from '../peers/sandbox-server.ts'
-import { imageFlags } from './egress.ts'
+import { startSidecar } from './sidecar-program.ts'
 
 const rules = 4096
 const learned = 10_000
@@ -20,7 +20,6 @@ const [firstUses, turn] = [300, 25]
 /** Connections of one round, of each and each way. */
 const slices = 4
 const peers = path.join(import.meta.dirname, '..', 'peers')
-const sidecarMain = path.join(import.meta.dirname, '..', '..', 'egress-sidecar', 'main.ts')
 
 export const egressFlows: Target = { title: 'Egress sidecar: first use of a name, and streams', start }
 
@@ -34,7 +33,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
   await runCommand('ip', ['-n', upstream, 'route', 'add', 'local', '198.18.0.0/15', 'dev', 'lo'])
   await cleanups.start(process.execPath, [path.join(peers, 'dns-upstream.ts')], { namespace: upstream, ready: listens(upstream, 'udp', 53) })
   await cleanups.start(process.execPath, [path.join(peers, 'sandbox-server.ts')], { namespace: upstream, ready: listens(upstream, 'tcp', streamPorts.source) })
-  await startSidecar(guardedIsland, cleanups)
+  await startOwn(guardedIsland, cleanups)
   const [guarded, free] = [startClient(guardedIsland, cleanups), startClient(freeIsland, cleanups)]
   for (const client of [free, guarded]) {
     await client(`teach known ${learned}`)
@@ -106,16 +105,14 @@ function sharedByRound<T>(contenders: number, measure: () => Promise<T>): () => 
   }
 }
 
-async function startSidecar({ name, upstream }: Island, cleanups: Cleanups): Promise<void> {
+async function startOwn(island: Island, cleanups: Cleanups): Promise<void> {
   const folder = await mkdtemp(path.join(tmpdir(), 'sp-bench-flows-'))
   cleanups.add(() => rm(folder, { recursive: true, force: true }))
   const places = Array.from({ length: rules - 1 }, (_, i) => `10.${i >> 8}.${i & 255}.${i % 2 === 0 ? '1' : '0/24'}`)
   const file = path.join(folder, 'policy.json')
   // More than one environment variable holds.
   await writeFile(file, JSON.stringify({ defaultAction: 'deny', egress: [...places, '*.bench.example'].map((target) => ({ action: 'allow', target })) }))
-  const env = { OPENSANDBOX_EGRESS_POLICY_FILE: file, OPENSANDBOX_EGRESS_MODE: 'dns+nft', OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${upstream}:53` }
-  const healthy = async (): Promise<boolean> => (await runCommand('curl', ['--silent', '--fail', '--max-time', '2', 'http://127.0.0.1:18080/healthz'], { namespace: name })).trim() === 'ok'
-  await cleanups.start(process.execPath, [...(await imageFlags()), sidecarMain], { namespace: name, env, ready: healthy })
+  await startSidecar(island, { OPENSANDBOX_EGRESS_POLICY_FILE: file }, cleanups)
 }
 
 function startClient({ name, upstream }: Island, cleanups: Cleanups): Client {

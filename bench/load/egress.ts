@@ -3,7 +3,7 @@
  * sidecar enforces: names are judged by a policy, addresses are in the kernel before the answer goes out, and questions reach it by redirect
  * as a sandbox's do. A bare forwarder in Node shows what the judging costs.
  */
-import { mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { mkdtemp, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import path from 'node:path'
 import { findTool } from '../debian.ts'
@@ -11,12 +11,11 @@ import { askMany, type DnsLoad } from '../dns-load.ts'
 import { makeIslands, type Island } from '../namespaces.ts'
 import { runCommand, type Cleanups, type Program } from '../program.ts'
 import type { Arena, Effort, Target } from '../rounds.ts'
+import { startSidecar } from './sidecar-program.ts'
 
 const names = 1000
 const rate = 4000
 const peers = path.join(import.meta.dirname, '..', 'peers')
-const sidecarMain = path.join(import.meta.dirname, '..', '..', 'egress-sidecar', 'main.ts')
-const controlPort = 18080
 const listenPort = 15353
 const peerPort = 5353
 
@@ -31,7 +30,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
   const { upstream, islands } = await makeIslands(['sidecar', 'dnsmasq', 'bare'], cleanups)
   const [own, masq, bare] = islands as [Island, Island, Island]
   await cleanups.start(process.execPath, [path.join(peers, 'dns-upstream.ts')], { namespace: upstream, ready: listens(upstream, 53) })
-  const programs = { sidecar: await startSidecar(own, cleanups), dnsmasq: await startDnsmasq(masq, cleanups), bare: await startBare(bare, cleanups) }
+  const programs = { sidecar: await startOwn(own, cleanups), dnsmasq: await startDnsmasq(masq, cleanups), bare: await startBare(bare, cleanups) }
 
   const loopback = '127.0.0.1'
   const loads: Readonly<Record<string, DnsLoad>> = {
@@ -62,21 +61,10 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
   }
 }
 
-async function startSidecar({ name, upstream }: Island, cleanups: Cleanups): Promise<Program> {
+function startOwn(island: Island, cleanups: Cleanups): Promise<Program> {
   const others = Array.from({ length: 63 }, (_, index) => ({ action: 'allow', target: `other${index}.example` }))
   const policy = { defaultAction: 'deny', egress: [...others, { action: 'allow', target: '*.bench.example' }] }
-  const env = { OPENSANDBOX_EGRESS_RULES: JSON.stringify(policy), OPENSANDBOX_EGRESS_MODE: 'dns+nft', OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${upstream}:53` }
-  const healthy = async (): Promise<boolean> => {
-    const args = ['--silent', '--fail', '--max-time', '2', `http://127.0.0.1:${controlPort}/healthz`]
-    return (await runCommand('curl', args, { namespace: name })).trim() === 'ok'
-  }
-  return cleanups.start(process.execPath, [...(await imageFlags()), sidecarMain], { namespace: name, env, ready: healthy })
-}
-
-/** What the image tells Node before it names the program. */
-export async function imageFlags(): Promise<string[]> {
-  const dockerfile = await readFile(path.join(import.meta.dirname, '..', '..', 'deploy', 'docker', 'egress', 'Dockerfile'), 'utf8')
-  return (JSON.parse(/^ENTRYPOINT (.*)$/m.exec(dockerfile)?.[1] ?? '') as string[]).slice(1, -1)
+  return startSidecar(island, { OPENSANDBOX_EGRESS_RULES: JSON.stringify(policy) }, cleanups)
 }
 
 async function startDnsmasq({ name, upstream }: Island, cleanups: Cleanups): Promise<Program> {

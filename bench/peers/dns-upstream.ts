@@ -1,5 +1,5 @@
 /**
- * The upstream of the DNS bench: answers every question at once, A with one ordinary address made from the name, every other type with
+ * The upstream of the DNS bench: answers every question at once, A with one ordinary address made from the name in any case, every other type with
  * nothing. `node dns-upstream.ts`, on port 53 of every address it has.
  */
 import { createSocket } from 'node:dgram'
@@ -31,7 +31,7 @@ function questionEnd(query: Buffer): number {
 /** A record: pointer to the name, type A, class IN, 300 seconds, an address of 198.18.0.0/15. */
 function writeAddress(reply: Buffer, end: number): void {
   let hash = 0
-  for (let at = 12; at < end - 4; at++) hash = (hash * 31 + reply[at]!) >>> 0
+  for (let at = 12; at < end - 4; at++) hash = (hash * 31 + (reply[at]! | 0x20)) >>> 0
   reply.writeUInt32BE(0xc00c_0001, end)
   reply.writeUInt32BE(0x0001_0000, end + 4)
   reply.writeUInt32BE(0x012c_0004, end + 8)

@@ -176,7 +176,7 @@ async function putRuleInTheWay(container: string): Promise<void> {
 async function sidecarMarks(guarded: Sandbox): Promise<string[]> {
   const { State } = await docker.getContainer(guarded.main).inspect()
   const listed = await Promise.all([
-    execa({ reject: false })`nsenter -t ${State.Pid} -n iptables-save -t mangle`,
+    execa({ reject: false })`nsenter -t ${State.Pid} -n iptables-save -t raw`,
     execa`nsenter -t ${State.Pid} -n nft list ruleset`,
   ])
   return [...new Set(listed.flatMap(({ stdout }) => [...stdout.matchAll(/mark[^\n]*?(0x[0-9a-f]+)/g)].map((match) => match[1]!)))]

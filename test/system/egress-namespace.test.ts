@@ -198,7 +198,7 @@ t.test('a start that fails leaves everything refused', async (t) => {
   t.equal(await bad.run('nft', 'list', 'tables'), '', 'bad configuration: nothing was touched')
 })
 
-for (const [rung, tools, scheme] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'iptables', 'ip6tables'], 'https'], ['cgroup-nft', ['ip', 'sh', 'mount', 'nft'], 'http']] as const) {
+for (const [rung, tools, scheme] of [['cgroup-iptables', ['ip', 'sh', 'mount', 'nft', 'iptables-restore', 'ip6tables-restore'], 'https'], ['cgroup-nft', ['ip', 'sh', 'mount', 'nft'], 'http']] as const) {
   t.test(`exempt by cgroup, ${rung}: only the sidecar, and only to its resolver and its webhook`, async (t) => {
     const { key, cert } = makeCertificate(['ip-198-18-50-1.hook.example'])
     const tls = t.testdir({ 'key.pem': key, 'cert.pem': cert, tools: {} })
