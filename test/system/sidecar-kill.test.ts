@@ -27,8 +27,9 @@ const denied = '198.51.100.31'
 const zones = { '*.allowed.example': { a: ['198.51.100.32'] }, '*.leak.example': { a: ['198.51.100.33'] } }
 /** So many sandboxes at a time. */
 const lanes = 4
-/** Seconds after which a group must be gone on an idle machine, and the patience with one that has other work. */
+/** Seconds after which a group must be gone on an idle machine; this one has other work, so most of them must be, and each within the patience. */
 const promised = 2
+const most = sized(0.5, 0.9)
 const patience = 20
 
 /** Within so many ms behind the start of the sidecar, the first packet outside, the first of many changes of the policy. */
@@ -60,6 +61,8 @@ t.test('killed at random points', async (t) => {
   times.sort((a, b) => a - b)
   const late = times.filter((time) => time > promised).length
   t.comment(`${times.length} kills, ${lanes} sandboxes at a time: gone after ${times[times.length >> 1]?.toFixed(2)} s (median), ${times.at(-1)?.toFixed(2)} s at most; ${late} took longer than ${promised} s`)
+
+  t.ok(late <= times.length * (1 - most), `${late} of ${times.length} took longer than ${promised} s`)
 
   const after = await stack.create({ networkPolicy: policyOf(kills.length) })
   t.match((await after.run(['curl', '-sS', '-m', '5', 'http://new.allowed.example/works'])).stdout, 'GET /works', 'and a new sandbox works')
