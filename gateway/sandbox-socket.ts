@@ -25,9 +25,9 @@ export class SandboxSocket extends Socket {
   #waiting: Buffer | null = null
 
   constructor() {
-    let memory = Buffer.allocUnsafeSlow(readSize)
+    let memory: Buffer | null = null
     const onread = {
-      buffer: (): Uint8Array => (this.spent && this.#waiting === null ? memory : (memory = Buffer.allocUnsafeSlow(readSize))),
+      buffer: (): Uint8Array => (this.spent && this.#waiting === null && memory !== null ? memory : (memory = Buffer.allocUnsafeSlow(readSize))),
       callback: (size: number, bytes: Uint8Array): boolean => this.#take(bytes.subarray(0, size) as Buffer),
     }
     // net.Socket takes more than its types know: they have these options for net.connect only.
