@@ -35,7 +35,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
 
   return {
     loads: [{
-      title: `small keep-alive GET, ${connections} connections, each process limited to ${share * 100} % of a processor by its cgroup`, rounds: 7, baseline: 'one worker',
+      title: `small keep-alive GET, ${connections} connections, each process limited to ${share * 100} % of a processor by its cgroup`, rounds: 11, baseline: 'one worker',
       measures: [{ key: 'throughput', label: 'throughput', unit: '1/s' }, { key: 'cpu', label: 'CPU a request', unit: 'µs' }, { key: 'used', label: 'of what it may use', unit: '%' }],
       contenders: { 'one worker': () => runLimited(one, share), 'two workers': () => runLimited(two, 2 * share) },
       goals: [{ contender: 'two workers', measure: 'throughput', sense: 'at least', limit: 1.8 }],
