@@ -31,6 +31,8 @@ export type Config = Static<typeof ConfigSchema> & {
   /** Resolvers the sandbox may ask unfiltered. */
   readonly openResolvers: readonly string[]
   readonly dohAddresses: readonly string[]
+  /** Addresses and networks that no rule opens. */
+  readonly floor: readonly string[]
   /** What hears of denied names. */
   readonly denyWebhook: URL | null
   /** What the upstreams are asked to see whether they live; '' for the root. */
@@ -74,6 +76,7 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     upstreams: keep(() => readUpstreams(text('DNS_UPSTREAM'), resolvConf), []),
     openResolvers: unique(list(text('NAMESERVER_EXEMPT')).flatMap((item) => canonicalAddress(item) ?? [])),
     dohAddresses: unique(list(text('DOH_BLOCKLIST')).filter((item) => readNetwork(item) !== null)),
+    floor: keep(() => readFloor(text('FLOOR')), []),
     denyWebhook: keep(() => readWebhook(text('DENY_WEBHOOK').trim()), null),
     probeName: keep(() => readProbeName(text('DNS_UPSTREAM_PROBE').trim()), ''),
     attributes: keep(() => readAttributes(text('METRICS_EXTRA_ATTRS')), new Map()),
@@ -123,6 +126,13 @@ function readMode(text: string): string | undefined {
   if (tokens.length === 0) return text.trim() === '' ? undefined : text
   if (!tokens.includes('dns') || tokens.some((token) => token !== 'dns' && token !== 'nft')) return text
   return tokens.includes('nft') ? 'dns+nft' : 'dns'
+}
+
+function readFloor(text: string): string[] {
+  const items = unique(list(text))
+  const wrong = items.filter((item) => readNetwork(item) === null)
+  if (wrong.length > 0) throw new ConfigError(wrong.map((item) => ({ path: `${prefix}FLOOR`, reason: `${JSON.stringify(item)} is neither an address nor a network` })))
+  return items
 }
 
 function readRules(text: string): NetworkPolicy {

@@ -15,6 +15,8 @@ const classIn = 1
 const maxQuestionMessage = 512
 /** RFC 1035 3.1: a name has at most 255 bytes on the wire. */
 const maxNameLength = 255
+/** Labels and pointers of one name: 127 labels fill 255 bytes. */
+const maxDepth = 255
 /** Resolvers give up at chains of 8 to 16; a longer one is an attack. */
 const maxChain = 16
 
@@ -124,7 +126,7 @@ export type Answer = {
   readonly ttlOffsets: readonly number[]
   /** HTTPS and SVCB records of the chain. */
   readonly services: readonly ServiceRecord[]
-  /** Address records that do not belong to the question: whoever believed them would fail to connect. */
+  /** Records that lead elsewhere without belonging to the question: addresses of others, HTTPS and SVCB records behind the answer section. */
   readonly strays: boolean
 }
 
@@ -177,7 +179,21 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     }
     at = rdata + length
   }
-  return followChain(message, { flags, asked, aliasOf, records: records ?? none, ttlOffsets: ttlOffsets ?? none })
+  return followChain(message, { flags, asked, aliasOf, records: records ?? none, ttlOffsets: ttlOffsets ?? none, strays: holdsServices(message, at) })
+}
+
+/** Whether an HTTPS or SVCB record (RFC 9460 4.1 lets them come along) is behind the answer section, or something that cannot be read. */
+function holdsServices(message: Buffer, start: number): boolean {
+  const claimed = uint16(message, 8) + uint16(message, 10)
+  let at = start
+  for (let i = 0; i < claimed; i++) {
+    at = skipName(message, at)
+    if (at === -1 || at + 10 > message.length) return true
+    const type = uint16(message, at)
+    if (type === recordTypes.https || type === recordTypes.svcb) return true
+    at += 10 + uint16(message, at + 8)
+  }
+  return at > message.length
 }
 
 /** The list with the item at its end; most lists have one, and `[]` would make room for seventeen. */
@@ -189,9 +205,9 @@ export function added<T>(list: T[] | null, item: T): T[] {
 
 type Alias = { readonly target: string; readonly ttl: number }
 
-type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Alias> | null; records: readonly FoundRecord[]; ttlOffsets: readonly number[] }
+type Collected = { flags: number; asked: string; aliasOf: ReadonlyMap<string, Alias> | null; records: readonly FoundRecord[]; ttlOffsets: readonly number[]; strays: boolean }
 
-function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets }: Collected): Answer | null {
+function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffsets, strays: before }: Collected): Answer | null {
   const chain = [asked]
   let aliases: readonly (string | null)[] = none
   let ttl = 0x7fffffff
@@ -205,7 +221,7 @@ function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffse
   }
   let addresses: AddressRecord[] | null = null
   let services: ServiceRecord[] | null = null
-  let strays = false
+  let strays = before
   for (const record of records) {
     if (record.owner !== asked && !chain.includes(record.owner)) strays = true
     else {
@@ -222,32 +238,31 @@ function harmlessName(name: string): string | null {
   return name
 }
 
-/** A possibly compressed name as lower-case text; a byte that could be taken for a label border is escaped. Null when malformed. */
-function readName(message: Buffer, start: number, known: KnownNames): string | null {
-  const before = known.at?.get(start)
+/**
+ * A possibly compressed name as lower-case text; a byte that could be taken for a label border is escaped. Null when malformed. Label by
+ * label, each remembered, so that a message costs as much as it has bytes, however its names point into each other.
+ */
+function readName(message: Buffer, at: number, known: KnownNames, depth = 0): string | null {
+  const before = known.at?.get(at)
   if (before !== undefined) return before
-  let at = start
-  let limit = start
-  let text = ''
-  for (;;) {
-    const length = message[at]
-    if (length === undefined) return null
-    if (length === 0) break
-    if (length >= 0xc0) {
-      const target = ((length & 0x3f) << 8) | (message[at + 1] ?? 0)
-      // Only backwards, so that every hop makes the rest shorter and no loop is possible.
-      if (at + 1 >= message.length || target >= limit || target < headerLength) return null
-      limit = target
-      at = target
-      continue
-    }
-    if (length > 63 || at + 1 + length > message.length || text.length + length > maxNameLength) return null
+  const length = message[at]
+  if (length === undefined || depth > maxDepth) return null
+  let text: string | null = ''
+  if (length >= 0xc0) {
+    const target = ((length & 0x3f) << 8) | (message[at + 1] ?? 0)
+    // Only backwards; where labels lead round in a circle all the same, the depth ends it.
+    if (at + 1 >= message.length || target >= at || target < headerLength) return null
+    text = readName(message, target, known, depth + 1)
+  } else if (length > 63 || at + 1 + length > message.length) return null
+  else if (length > 0) {
+    const rest = readName(message, at + 1 + length, known, depth + 1)
+    if (rest === null) return null
     const label = message.toString('latin1', at + 1, at + 1 + length).toLowerCase().replaceAll('.', '\\.')
-    text = text === '' ? label : `${text}.${label}`
-    at += length + 1
+    text = rest === '' ? label : `${label}.${rest}`
   }
+  if (text === null || text.length > maxNameLength) return null
   known.at ??= new Map()
-  known.at.set(start, text)
+  known.at.set(at, text)
   return text
 }
 

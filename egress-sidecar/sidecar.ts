@@ -105,7 +105,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const found = await readPolicyFile(config.policyFile)
     if (found.warning !== null) log.event('warn', 'egress.policy_file', `policy file not used: ${found.warning}`)
     const policy = found.policy ?? config.rules
-    const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow })
+    const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
     const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now }))
@@ -122,7 +122,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     }
     const answerDeps = { resolver: asking, firewall: guard, mayOpen, now, report }
     handler = (message, transport, done) => answer(message, transport, answerDeps, done)
-    const kept = (keeper = createPolicyKeeper(policy, always, { firewall: guard, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: [] }))
+    const kept = (keeper = createPolicyKeeper(policy, always, { firewall: guard, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: config.floor }))
     reloader = setInterval(() => void reload(kept), reloadMs)
     unready = ''
     log.event('info', 'egress.loaded', 'egress policy loaded', { 'egress.default': policy.defaultAction, rules: policy.egress, mode: config.mode, exemption: exemption.kind, exemption_why: exemption.why, ipv6 })

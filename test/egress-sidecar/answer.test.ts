@@ -137,6 +137,12 @@ t.test('HTTPS records lose hints and ECH under default deny', async (t) => {
   t.same((await play(https(clean))).got.subarray(12), replyTo({ type: types.HTTPS, answers: [{ name: toQuestion, type: types.HTTPS, data: clean }] }).subarray(12), 'one without them passes as it is')
   t.equal(answerCount((await play(https(Buffer.from([0, 1, 0, ...param(0, [0, 4]), ...param(4, [1, 2, 3, 4])])))).got), 0, 'hints declared mandatory')
   t.equal(answerCount((await play(https(Buffer.from([0, 1, 0, 0, 4, 0, 99])))).got), 0, 'malformed')
+  const beside = record({ name: toQuestion, type: types.HTTPS, data: full })
+  for (const [why, additional] of [['alone', [beside]], ['behind another record', [opt(1232), beside]], ['cut off', [beside.subarray(0, -1)]]] as const) {
+    const { got } = await play({ query: { type: types.A }, reply: replyTo({ answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }], additional }) })
+    t.same(addressesIn(got), ['198.51.100.1'], `in the additional section, ${why}: the answer stays`)
+    t.notOk(got.includes(Buffer.from(param(5, [1, 2, 3]))), `in the additional section, ${why}: no ECH`)
+  }
   const open = readNetworkPolicy({ defaultAction: 'allow' })
   if (!open.ok) throw new Error('policy')
   t.ok((await play({ ...https(full), rules: compilePolicy(open.policy) })).got.includes(full), 'default allow: nothing to hide')

@@ -61,6 +61,12 @@ t.test('every problem at once, with its path', async (t) => {
   t.match(problemsOf({ OPENSANDBOX_EGRESS_RULES: '{' })[0], /RULES: /)
 })
 
+t.test('the floor', async (t) => {
+  t.same(readConfig(dns).floor, [])
+  t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_FLOOR: '169.254.0.0/16, fd00:ec2::254,168.63.129.16 ' }).floor, ['169.254.0.0/16', 'fd00:ec2::254', '168.63.129.16'])
+  t.match(problemsOf({ OPENSANDBOX_EGRESS_FLOOR: '168.63.129.16,metadata.example,10.0.0.0/40' }), [/^OPENSANDBOX_EGRESS_FLOOR: "metadata\.example" is neither/, /"10\.0\.0\.0\/40"/], 'one that cannot be read is refused, not left out')
+})
+
 t.test('listen address', async (t) => {
   for (const [text, want] of [[':1', { host: '', port: 1 }], ['127.0.0.1:18080', { host: '127.0.0.1', port: 18080 }], ['[::1]:0', { host: '::1', port: 0 }]] as const) t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_HTTP_ADDR: text }).http, want, text)
 })

@@ -25,6 +25,7 @@ const places: readonly [why: string, first: Place, address: string][] = [
   ['link-local', plain, '169.254.66.7'],
   ['cloud metadata', plain, '169.254.169.254'],
   ["another cloud's metadata", plain, '100.100.100.200'],
+  ["a cloud's metadata at a public address, which the server's floor holds", plain, '168.63.129.16'],
 ]
 const zones = {
   'allowed.example': { a: ['198.51.100.10'] },
@@ -70,6 +71,17 @@ const spellings: readonly [why: string, wire: (name: string) => string][] = [
   ['a slash and a port', (name) => hex('allowed.example:53/', ...below(name))],
 ]
 
+/** Questions whose last labels, read carelessly, are those of an allowed name. `seen`: how the tests' resolver prints them. */
+const endings: readonly [why: string, labels: (id: string) => string[], seen: (id: string) => string][] = [
+  ['the dot of an allowed ending inside a label', (id) => [id, 'wild.example'], (id) => `${id}.wild.example`],
+  ['an allowed name as its only label', (id) => [`${id}.wild.example`], (id) => `${id}.wild.example`],
+  ['a NUL behind an allowed ending', (id) => [id, 'wild', 'example\0'], (id) => `${id}.wild.example\0`],
+  ['a NUL and more behind an allowed ending', (id) => [id, 'wild', 'example\0.leak'], (id) => `${id}.wild.example\0.leak`],
+  ['a percent sign for the dot of an allowed ending', (id) => [id, 'wild%2eexample'], (id) => `${id}.wild%2eexample`],
+  ['a backslash before the dot of an allowed ending', (id) => [id, 'wild\\.example'], (id) => `${id}.wild\\.example`],
+  ['a space behind an allowed ending', (id) => [id, 'wild', 'example '], (id) => `${id}.wild.example `],
+]
+
 const rows: Row<Place>[] = [
   ...places.map(([why, first, address], i) => reaches(`an allowed name that leads to ${why}`, first, () => ['steps', 'ask', `to${i}.wild.example`, '127.0.0.11', ';', 'sleep', '0.1', ';', 'udp', address, '80'], address)),
   reaches('an allowed name that leads to a denied network', open, (to) => ['steps', 'ask', 'blocked.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '198.18.77.7'),
@@ -78,12 +90,13 @@ const rows: Row<Place>[] = [
   reaches('an alias of a denied name', open, (to) => ['steps', 'ask', 'alias.wild.example', '127.0.0.11', ';', 'udp', to, '80'], '198.51.100.30'),
   reaches('an alias of an alias of a denied name', open, (to) => ['steps', 'ask', 'alias2.wild.example', '127.0.0.11', ';', 'udp', to, '81'], '198.51.100.30'),
   ...spellings.map(([why, wire]) => asks(`${why}`, open, (name) => ['ask_wire', wire(name), '127.0.0.11'])),
+  ...endings.map(([why, labels, seen], i) => asks(why, open, () => ['ask_wire', hex(...labels(`ending${i}`)), '127.0.0.11'], seen(`ending${i}`))),
   asks('search domains: fifty names', open, (name) => ['steps', ...Array.from({ length: 50 }, (_, i) => ['ask', `allowed.example.s${i}.${name}`, '127.0.0.11', ';']).flat()]),
 ]
 
 t.test('names that lie', async (t) => {
   // Docker takes its networks from 172.17.0.0/16 on: this corner of 172.16/12 is never one of them.
-  await using internet = await startInternet({ zones, claims: ['10.66.0.0/16', '172.16.66.0/24', '192.168.66.0/24', '100.66.0.0/16', '169.254.66.0/24', '169.254.169.254', '100.100.100.200'] })
+  await using internet = await startInternet({ zones, claims: ['10.66.0.0/16', '172.16.66.0/24', '192.168.66.0/24', '100.66.0.0/16', '169.254.66.0/24', '169.254.169.254', '100.100.100.200', '168.63.129.16'] })
   await using network = await createNetwork('names')
   await internet.fence(network.bridge)
   await using stack = await startStack({ internet })
