@@ -1,7 +1,8 @@
 /** The policy API: a few routes on node:http behind one table (a framework would cost every sandbox 6 to 11 MB). */
 import { createServer, type IncomingMessage, type Server } from 'node:http'
 import { once } from 'node:events'
-import type { AddressInfo } from 'node:net'
+import type { AddressInfo, Socket } from 'node:net'
+import { networkInterfaces } from 'node:os'
 import { equalSecret } from '#policies/access.ts'
 import { headerNames } from '#policies/wire.ts'
 import { PolicyRefusal, type Change, type PolicyKeeper } from './policy-keeper.ts'
@@ -26,20 +27,23 @@ type Response = { readonly status: number; readonly body: string; readonly heade
 type Route = { readonly auth: boolean; readonly methods: Readonly<Record<string, (request: IncomingMessage) => Response | Promise<Response>>> }
 
 const maxBodyBytes = 1 << 20
-const limits = { requestTimeout: 10_000, headersTimeout: 5000, keepAliveTimeout: 5000, connections: 128 } as const
+/** Times in ms. Node looks for what is late only now and then, every half minute unless told. */
+export const adminLimits = { requestTimeout: 10_000, headersTimeout: 5000, keepAliveTimeout: 5000, connectionsCheckingInterval: 1000, connections: 128, fromInside: 64 }
 const dnsOnlyWarning = 'mode dns filters names only: connections to addresses are not restricted'
 
 /** @throws when the address is taken */
-export async function listenAdmin({ host, port }: { host: string; port: number }, deps: AdminDeps): Promise<Admin> {
+export async function listenAdmin({ host, port }: { host: string; port: number }, deps: AdminDeps, limits = adminLimits): Promise<Admin> {
   const routes = routeTable(deps)
-  const server: Server = createServer({ requestTimeout: limits.requestTimeout, headersTimeout: limits.headersTimeout, keepAliveTimeout: limits.keepAliveTimeout, maxHeaderSize: 16_384 }, (request, response) => {
+  const { connections, fromInside, ...times } = limits
+  const server: Server = createServer({ ...times, maxHeaderSize: 16_384 }, (request, response) => {
     void respond(request, routes, deps).then(({ status, body, headers = {} }) => {
       if (response.destroyed) return
       response.writeHead(status, { 'content-length': Buffer.byteLength(body), ...headers })
       response.end(request.method === 'HEAD' ? '' : body)
     })
   })
-  server.maxConnections = limits.connections
+  server.maxConnections = connections
+  keepSeats(server, fromInside)
   server.listen(host === '' ? { port } : { port, host })
   await once(server, 'listening')
   return {
@@ -49,6 +53,23 @@ export async function listenAdmin({ host, port }: { host: string; port: number }
       server.close()
     },
   }
+}
+
+/** The sandbox may not take all the places: whoever tightens its policy comes from outside of its namespace. */
+function keepSeats(server: Server, fromInside: number): void {
+  let inside = 0
+  server.on('connection', (socket: Socket) => {
+    if (!isFromInside(socket.remoteAddress)) return
+    if (inside >= fromInside) return void socket.destroy()
+    inside++
+    socket.on('close', () => inside--)
+  })
+}
+
+/** Whether the other side of a connection is in this network namespace; one that is gone already counts as such. */
+function isFromInside(address = ''): boolean {
+  const plain = address.replace(/^::ffff:/, '')
+  return plain === '' || plain === '::1' || plain.startsWith('127.') || Object.values(networkInterfaces()).some((list) => list?.some((own) => own.address === plain))
 }
 
 function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {

@@ -92,7 +92,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     const shut = [...unwanted]
     let result: Opened = 'open'
     try {
-      await nft.apply([...(shut.length > 0 || banned ? forgetStatements(shut) : []), ...openStatements(batch.elements, batch.known)])
+      await nft.apply([...(shut.length > 0 || banned ? forgetStatements(shut) : []), ...openStatements(batch.elements, batch.known)], openTimeoutMs)
       banned = false
       for (const address of shut) unwanted.delete(address)
     } catch {
@@ -210,6 +210,8 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   }
 }
 
+/** A stub resolver waits 5 s: it is told in time that there is no answer. */
+const openTimeoutMs = 3000
 /** Thousands of rules take a tenth of a second; a machine under load may need much longer. */
 const replaceTimeoutMs = 30_000
 

@@ -1,14 +1,16 @@
 /** The policy API on the wire. */
+import { once } from 'node:events'
 import { request } from 'node:http'
+import { connect, type Socket } from 'node:net'
 import t, { type Test } from 'tap'
 import type { NetworkPolicy } from '#policies/document.ts'
-import { listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
+import { adminLimits, listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
 import { PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
+import { eventually } from '../support/program.ts'
 
 type Answer = { status: number; headers: Record<string, unknown>; text: string }
 
-async function setUp(t: Test, given: Partial<AdminDeps> = {}) {
-  const policy: NetworkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }] }
+async function setUp(t: Test, given: Partial<AdminDeps> = {}, limits: Partial<typeof adminLimits> = {}, policy: NetworkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }] }) {
   const bodies: string[] = []
   const take = (name: string, reason?: string) => async (body: string) => {
     bodies.push(`${name} ${body}`)
@@ -17,7 +19,7 @@ async function setUp(t: Test, given: Partial<AdminDeps> = {}) {
     return { policy, rules: [], ...(reason === undefined ? {} : { reason }) }
   }
   const keeper: PolicyKeeper = { policy, always: { deny: [], allow: [] }, put: take('put'), patch: take('patch'), remove: take('remove', 'no matching targets found'), reload: async () => false }
-  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, inspect: async () => '', metrics: () => 'egress_x 1\n', ...given })
+  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, inspect: async () => '', metrics: () => 'egress_x 1\n', ...given }, { ...adminLimits, ...limits })
   t.teardown(() => admin.close())
   const call = (method: string, path: string, body = '', headers: Record<string, string> = {}): Promise<Answer> =>
     new Promise((resolve, reject) => {
@@ -28,7 +30,7 @@ async function setUp(t: Test, given: Partial<AdminDeps> = {}) {
       sent.on('error', reject)
       sent.end(body)
     })
-  return { call, bodies }
+  return { call, bodies, port: admin.port }
 }
 
 t.test('answers have the original\'s keys in its order', async (t) => {
@@ -38,6 +40,38 @@ t.test('answers have the original\'s keys in its order', async (t) => {
   t.equal((await call('DELETE', '/policy', '["x"]')).text, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft","reason":"no matching targets found"}\n')
   t.same(bodies, ['put {}', 'put {}', 'patch {}', 'remove ["x"]'])
   t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [200, 'ok'])
+})
+
+t.test('what a policy comes to', async (t) => {
+  const rows: [NetworkPolicy, string][] = [
+    [{ defaultAction: 'deny', egress: [] }, '{"status":"ok","mode":"deny_all","enforcementMode":"dns+nft","policy":{"egress":[],"defaultAction":"deny"}}\n'],
+    [{ defaultAction: 'allow', egress: [] }, '{"status":"ok","mode":"allow_all","enforcementMode":"dns+nft","policy":{"egress":[],"defaultAction":"allow"}}\n'],
+    [{ defaultAction: 'allow', egress: [{ action: 'deny', target: 'a.example' }] }, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft","policy":{"egress":[{"action":"deny","target":"a.example"}],"defaultAction":"allow"}}\n'],
+  ]
+  for (const [policy, text] of rows) t.equal((await (await setUp(t, {}, {}, policy)).call('GET', '/policy')).text, text)
+})
+
+t.test('whoever says half of it is cut off, and the sandbox has half of the places', async (t) => {
+  const { call, port } = await setUp(t, {}, { headersTimeout: 200, requestTimeout: 400, connectionsCheckingInterval: 50, fromInside: 5 })
+  const speak = async (text: string): Promise<Socket> => {
+    const socket = connect(port, '127.0.0.1').on('error', () => undefined)
+    await once(socket, 'connect')
+    socket.write(text)
+    return socket.resume()
+  }
+  // `once` would take a reset for a failure.
+  const closing = (socket: Socket): Promise<void> => new Promise((resolve) => void socket.once('close', () => resolve()))
+  for (const text of ['', 'POST /policy HTTP/1.1\r\nhost: x\r\n', 'POST /policy HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf']) {
+    const begun = performance.now()
+    await closing(await speak(text))
+    t.ok(performance.now() - begun < 3000, `${JSON.stringify(text)}: cut`)
+  }
+  const held = await Promise.all(Array.from({ length: 5 }, () => speak('')))
+  await closing(await speak('GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n'))
+  t.same(held.filter(({ closed }) => closed), [], 'the sixth is turned away, the others are not')
+  for (const socket of held) socket.destroy()
+  await eventually('there is room again', async () => ((await call('GET', '/healthz').catch(() => undefined))?.status === 200 ? true : undefined))
+  t.pass('and served when one of them has gone')
 })
 
 t.test('mode dns warns in every answer', async (t) => {

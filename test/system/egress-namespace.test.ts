@@ -1,5 +1,6 @@
 /** The sidecar as a process in a network namespace of its own, against real nft and a small internet behind a veth. */
 import { existsSync, mkdirSync, readFileSync, rmdirSync, symlinkSync } from 'node:fs'
+import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
 import { makeCertificate } from '../support/certificate.ts'
@@ -135,6 +136,34 @@ t.test('nft dies: a new one takes over', async (t) => {
   t.equal((await space.ask({ connect: '198.18.0.2' }))[0]?.result, 'open')
 })
 
+t.test('nft hangs: SERVFAIL before the client gives up, and a new one takes over', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  const [nft] = readFileSync(`/proc/${sidecar.pid}/task/${sidecar.pid}/children`, 'utf8').trim().split(' ')
+  process.kill(Number(nft), 'SIGSTOP')
+  const begun = performance.now()
+  t.equal((await space.run('python3', '-c', patientQuestion, outside.v4)).trim(), 'rcode 2', 'the kernel did not confirm')
+  t.ok(performance.now() - begun < 4500, 'in time')
+  t.equal((await space.ask({ connect: '198.18.0.1' }))[0]?.result, 'ECONNREFUSED', 'and nothing opened')
+  t.equal((await space.ask({ ask: 'ip-198-18-0-2.ok.example' }))[0]?.answers, 1)
+  t.equal((await space.ask({ connect: '198.18.0.2' }))[0]?.result, 'open')
+})
+
+t.test('a lease is renewed in the middle of a connection', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  await space.ask({ ask: 'ip-198-18-7-8.ok.example' })
+  const [flow] = await space.ask({ stream: '198.18.7.8' })
+  t.equal((await space.ask({ write: flow?.stream ?? 0 }))[0]?.result, 'echo')
+  // As if its packets had not been seen for long.
+  await space.run('nft', 'delete element inet opensandbox dyn_allow_v4 { 198.18.7.8 }; add element inet opensandbox dyn_allow_v4 { 198.18.7.8 timeout 2s }')
+  for (let i = 0; i < 6; i++) {
+    t.equal((await space.ask({ write: flow?.stream ?? 0 }))[0]?.result, 'echo')
+    await delay(500)
+  }
+  t.match(/198\.18\.7\.8 timeout \S+ expires (\S+)/.exec(await space.run('nft', 'list', 'set', 'inet', 'opensandbox', 'dyn_allow_v4'))?.[1], /^5m5\ds|^6m/, 'longer than it would have had')
+})
+
 t.test('a lease is renewed by every packet', async (t) => {
   await using space = await createNamespaces()
   await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
@@ -213,17 +242,17 @@ for (const [rung, tools, scheme] of [['cgroup-iptables', ['ip', 'sh', 'mount', '
     t.equal((await space.ask({ ask: 'ip-198-18-0-1.ok.example' }))[0]?.answers, 1)
     t.equal((await space.ask({ ask: 'many-500.ok.example', tcp: true }))[0]?.answers, 500, 'truncated over UDP, asked again over TCP')
     t.same(new Set((await space.ask(...Array.from({ length: 50 }, (_, i) => ({ connect: `198.18.${i & 1}.${i * 4}` })))).map((told) => told.result)), new Set(['open']))
-    const forged = await space.run('python3', '-c', forgery, outside.v4, '198.18.200.1')
-    t.same(forged.trim().split('\n'), ['53 3', 'refused'], 'a mark is wiped: the question is judged, the connection refused')
+    const forged = await space.run('python3', '-c', forgery, outside.v4, '198.18.200.1', hook)
+    t.same(forged.trim().split('\n'), ['53 3', 'tcp 3', 'refused', 'refused'], 'a mark is wiped: questions are judged, connections refused')
     t.same(space.seen.filter((line) => line.name === 'evil.example' || line.to?.endsWith('198.18.200.1')), [])
 
     await space.ask({ ask: 'Secret.Evil.example' }, { ask: 'secret.evil.example', type: 28 }, { ask: 'ip-198-18-50-1.hook.example' })
     const posts = (): Seen[] => space.seen.filter((line) => line.saw === 'post' && line.secure === (scheme === 'https'))
-    await eventually('every denied question is told', async () => (posts().length >= 4 ? true : undefined))
-    const [headers = '', body = ''] = posts()[1]?.text?.split('\r\n\r\n') ?? []
+    await eventually('every denied question is told', async () => (posts().length >= 5 ? true : undefined))
+    const [headers = '', body = ''] = posts()[2]?.text?.split('\r\n\r\n') ?? []
     t.match(headers, /^POST \/denied\?from=us HTTP\/1\.1\r\n[\s\S]*host: ip-198-18-50-1\.hook\.example:8443/i)
     t.match(JSON.parse(body), { hostname: 'secret.evil.example', timestamp: /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$/, source: 'opensandbox-egress', sandboxId: 'box' })
-    t.same(posts().map((line) => JSON.parse(line.text?.split('\r\n\r\n')[1] ?? '').hostname), ['evil.example', 'secret.evil.example', 'secret.evil.example', 'ip-198-18-50-1.hook.example'], 'and nothing about our own lookups')
+    t.same(posts().map((line) => JSON.parse(line.text?.split('\r\n\r\n')[1] ?? '').hostname), ['evil.example', 'evil.example', 'secret.evil.example', 'secret.evil.example', 'ip-198-18-50-1.hook.example'], 'and nothing about our own lookups')
     t.same((await space.ask({ connect: hook, port: 8443 }, { connect: hook, port: 443 })).map((told) => told.result), ['ECONNREFUSED', 'ECONNREFUSED'], 'the sandbox does not reach it')
     t.equal(await sidecar.end('SIGTERM'), 0)
   })
@@ -258,10 +287,23 @@ function programPath(program: string): string {
 const forgery = `
 import socket, sys
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.setsockopt(1, 36, 0x1ee7); s.settimeout(2)
-s.sendto(b'\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4evil\\7example\\0\\0\\1\\0\\1', (sys.argv[1], 53))
+question = b'\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4evil\\7example\\0\\0\\1\\0\\1'
+s.sendto(question, (sys.argv[1], 53))
 print(53, s.recv(512)[3] & 15)
-c = socket.socket(); c.setsockopt(1, 36, 0x1ee7); c.settimeout(2)
-try:
-    c.connect((sys.argv[2], 443)); print('connected')
-except OSError as e: print('refused' if e.errno == 111 else e)
+s = socket.socket(); s.setsockopt(1, 36, 0x1ee7); s.settimeout(2)
+s.connect((sys.argv[1], 53)); s.send(bytes([0, len(question)]) + question)
+print('tcp', s.recv(512)[5] & 15)
+for place in ((sys.argv[2], 443), (sys.argv[3], 8443)):
+    c = socket.socket(); c.setsockopt(1, 36, 0x1ee7); c.settimeout(2)
+    try:
+        c.connect(place); print('connected')
+    except OSError as e: print('refused' if e.errno == 111 else e)
+`
+
+/** Asks once and waits as long as a stub resolver does. */
+const patientQuestion = `
+import socket, sys
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(5)
+s.sendto(b'\\0\\7\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\x0dip-198-18-0-1\\2ok\\7example\\0\\0\\1\\0\\1', (sys.argv[1], 53))
+print('rcode', s.recv(512)[3] & 15)
 `

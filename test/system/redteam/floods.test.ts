@@ -74,6 +74,10 @@ t.test('floods', async (t) => {
 async function flood(t: Test, { internet, flooder, neighbour }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox }, program: string, least: number): Promise<void> {
   await internet.forget()
   const flooding = run(flooder, ['flood', 'knock'], program)
+  // Whoever tightens a policy in the middle of it comes from the host, as here.
+  let heard = 0
+  for (let i = 0; i < 10; i++) heard += (await request(`http://${flooder.address}:18080/healthz`, { reset: true, headersTimeout: 2000 }).then(({ statusCode, body }) => body.dump().then(() => statusCode), () => 0)) === 200 ? 1 : 0
+  t.equal(heard, 10, 'its policy API has room for the server all the while')
   const looked = await run(neighbour, ['look'])
   t.equal(looked, `${lookups} of ${lookups}`, 'the neighbour asks and connects as always')
   const done = Number(await flooding)
