@@ -25,6 +25,8 @@ export type Firewall = {
   readonly rules: Rules
   /** Addresses remembered from answers. */
   readonly learned: number
+  /** Transactions that the kernel confirmed. */
+  readonly updates: number
   /** Kernel first: when it resolves, addresses that only the old policy allowed are shut and `rules` is the new one. */
   replace(rules: Rules): Promise<void>
   /** Opens addresses that `name` led to, for `seconds`, as judged under `rules`. At once when all of them are open. */
@@ -70,12 +72,14 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   let makingRoom = false
   let rules = initial
   let generation = 1
+  let updates = 0
   let next: Batch | null = null
   let working = false
   let replacements: Promise<unknown> = Promise.resolve()
   let replacing = 0
 
   await nft.apply(policyStatements({ ...setting, rules, generation }), replaceTimeoutMs)
+  updates++
 
   async function pump(): Promise<void> {
     if (working) return
@@ -93,6 +97,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     let result: Opened = 'open'
     try {
       await nft.apply([...(shut.length > 0 || banned ? forgetStatements(shut) : []), ...openStatements(batch.elements, batch.known)], openTimeoutMs)
+      updates++
       banned = false
       for (const address of shut) unwanted.delete(address)
     } catch {
@@ -150,6 +155,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     const lost = [...unwanted]
     generation = (generation % 0x7fffffff) + 1
     await nft.apply(policyStatements({ ...setting, rules: wanted, generation }, lost), replaceTimeoutMs)
+    updates++
     rules = wanted
     for (const address of lost) learned.delete(address)
     // What waits was judged under the old policy and has not reached the kernel.
@@ -187,6 +193,9 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     },
     get learned() {
       return learned.size
+    },
+    get updates() {
+      return updates
     },
     replace(wanted) {
       replacing++

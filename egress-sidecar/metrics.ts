@@ -4,7 +4,7 @@ import { results, type Outcome } from './answer.ts'
 export type Metrics = {
   outcome(outcome: Outcome): void
   policyChanged(): void
-  text(gauges: { readonly learned: number; readonly rules: number }): string
+  text(kernel: { readonly learned: number; readonly rules: number; readonly elements: number; readonly updates: number }): string
 }
 
 /** Seconds; the interesting part is what a question costs beyond its upstream. */
@@ -20,6 +20,14 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
   const counts = new Float64Array(buckets.length + 1)
   let sum = 0
   let changes = 0
+  let last = { at: performance.now(), used: process.cpuUsage() }
+
+  function utilization(): number {
+    const { user, system } = process.cpuUsage(last.used)
+    const share = (user + system) / 1000 / Math.max(1, performance.now() - last.at)
+    last = { at: performance.now(), used: process.cpuUsage() }
+    return share
+  }
 
   return {
     outcome({ result, verdict, took }) {
@@ -35,7 +43,7 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
       counts[bucket]! += 1
     },
     policyChanged: () => void changes++,
-    text({ learned, rules }) {
+    text({ learned, rules, elements, updates }) {
       const lines: string[] = []
       const metric = (name: string, type: string, help: string, samples: readonly Sample[]): void => {
         const sample = ([suffix, label, value]: Sample): string => `${name}${suffix}${braces(label, common)} ${value}`
@@ -50,7 +58,10 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
       metric('egress_policy_updates_total', 'counter', 'policies put into force since the start', [['', '', changes]])
       metric('egress_policy_rules', 'gauge', "rules of the user's policy", [['', '', rules]])
       metric('egress_learned_addresses', 'gauge', 'addresses remembered from answers', [['', '', learned]])
-      metric('process_resident_memory_bytes', 'gauge', 'resident memory', [['', '', process.memoryUsage.rss()]])
+      metric('egress_nftables_updates_count_total', 'counter', 'transactions that the kernel confirmed: policies and learned addresses', [['', '', updates]])
+      metric('egress_nftables_rules_count', 'gauge', 'addresses and networks that the policy put into the kernel', [['', '', elements]])
+      metric('egress_system_memory_usage_bytes', 'gauge', 'resident memory of the sidecar', [['', '', process.memoryUsage.rss()]])
+      metric('egress_system_cpu_utilization', 'gauge', 'share of one processor that the sidecar used since it was asked last', [['', '', utilization()]])
       return `${lines.join('\n')}\n`
     },
   }

@@ -5,7 +5,7 @@
 import { access } from 'node:fs/promises'
 import { networkInterfaces } from 'node:os'
 import { performance } from 'node:perf_hooks'
-import { compilePolicy } from '#policies/compile.ts'
+import { compilePolicy, type Rules } from '#policies/compile.ts'
 import { listenAdmin, type Admin } from './admin.ts'
 import { createAlwaysFiles, readLogSkip } from './always-files.ts'
 import { answer, type Outcome } from './answer.ts'
@@ -88,7 +88,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       },
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
       inspect: async () => (await rulesPresent({ nft: kernel, filter, denyByDefault: firewall?.rules.defaultAction === 'deny' }).catch((error: Error) => error.message)) ?? '',
-      metrics: () => metrics.text({ learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0 }),
+      metrics: () => metrics.text({ learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
     })
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
@@ -160,6 +160,10 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       resolver?.close()
     },
   }
+}
+
+function elementsOf(rules?: Rules): number {
+  return rules === undefined ? 0 : rules.allow4.length + rules.allow6.length + rules.deny4.length + rules.deny6.length
 }
 
 /** Protocols and ports, each pair once, that the sidecar itself may have to go to. */

@@ -42,6 +42,7 @@ async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply
         return current
       },
       learned: 0,
+      updates: 0,
       replace: async () => undefined,
       async open(name, addresses, seconds) {
         seen.opened.push({ name, addresses, seconds })

@@ -19,6 +19,7 @@ async function setUp(directory: string, { policy = { defaultAction: 'deny', egre
       return kernel.enforced.at(-1) as Rules
     },
     learned: 0,
+    updates: 0,
     async replace(rules: Rules) {
       if (kernel.refuse !== null) throw kernel.refuse
       kernel.enforced.push(rules)

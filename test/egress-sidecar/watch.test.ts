@@ -37,9 +37,16 @@ t.test('attributes stand on every log line, but never in the place of our own', 
 t.test('attributes are labels of every metric', async (t) => {
   const metrics = createMetrics(new Map([['sandbox_id', 'b"o\\x\n'], ['2nd-team', 'a']]))
   metrics.policyChanged()
-  const samples = metrics.text({ learned: 3, rules: 2 }).trim().split('\n').filter((line) => !line.startsWith('#'))
+  const samples = metrics.text({ learned: 3, rules: 2, elements: 7, updates: 5 }).trim().split('\n').filter((line) => !line.startsWith('#'))
   for (const line of samples) t.ok(line.includes('sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} '), line)
   t.ok(samples.includes('egress_learned_addresses{sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} 3'))
   t.ok(samples.some((line) => line.startsWith('egress_dns_query_duration_seconds_bucket{le="0.001",sandbox_id=')))
-  t.match(createMetrics(new Map()).text({ learned: 3, rules: 2 }), /\negress_learned_addresses 3\n/)
+  for (const [name, value] of [['egress_nftables_rules_count', '7'], ['egress_nftables_updates_count_total', '5']] as const) t.ok(samples.includes(`${name}{sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} ${value}`), name)
+  const share = (): number => Number(/^egress_system_cpu_utilization (\S+)$/m.exec(idle.text({ learned: 0, rules: 0, elements: 0, updates: 0 }))?.[1])
+  const idle = createMetrics(new Map())
+  for (const until = performance.now() + 100; performance.now() < until;);
+  t.ok(share() > 0.3, 'busy')
+  await new Promise((resolve) => setTimeout(resolve, 300))
+  t.ok(share() < 0.3, 'not any more')
+  t.match(createMetrics(new Map()).text({ learned: 3, rules: 2, elements: 7, updates: 5 }), /\negress_learned_addresses 3\n/)
 })

@@ -124,6 +124,25 @@ t.test('many rules, many learned addresses', async (t) => {
   t.ok((times[50] ?? NaN) < 50)
 })
 
+t.test('what it says of its work', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_SANDBOX_ID: 'box' })
+  const updates = async (): Promise<number> => Number(/^egress_nftables_updates_count_total\S* (\d+)$/m.exec(await space.run('curl', '-s', 'http://127.0.0.1:18080/metrics'))?.[1])
+  const before = await updates()
+  await space.ask({ ask: 'ip-198-18-0-9.ok.example' })
+  await space.ask({ ask: 'secret.evil.example' })
+  t.equal(await updates(), before + 1, 'the kernel was told of one address')
+  t.match(await api(space, 'PATCH', JSON.stringify([{ action: 'deny', target: '198.18.9.0/24' }])), /200$/)
+  t.match(await api(space, 'PATCH', '[{"action":"allow","target":"http://x/"}]'), /400$/)
+  const lines = sidecar.log().trim().split('\n').map((line) => JSON.parse(line) as Record<string, unknown>)
+  const of = (event: string): object | undefined => lines.find((line) => line['opensandbox.event'] === event)
+  t.match(of('egress.loaded'), { level: 'info', msg: 'egress policy loaded', sandbox_id: 'box', logger: 'opensandbox.egress', 'egress.default': 'deny', rules: [{ action: 'allow', target: '*.ok.example' }] })
+  t.match(of('egress.outbound'), { level: 'info', msg: 'egress outbound', 'target.host': 'ip-198-18-0-9.ok.example', 'target.ips': ['198.18.0.9'] })
+  t.match(of('egress.denied'), { level: 'info', 'target.host': 'secret.evil.example', reason: 'default-denies' })
+  t.match(of('egress.updated'), { level: 'info', msg: 'egress policy updated', 'egress.default': 'deny', rules: [{ action: 'deny', target: '198.18.9.0/24' }] })
+  t.match(of('egress.update_failed'), { level: 'warn', msg: 'egress policy update failed', error: /http:\/\/x/ })
+})
+
 t.test('nft dies: a new one takes over', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
