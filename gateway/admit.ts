@@ -7,7 +7,7 @@ import { decideAccess, decideStrongAccess } from '#policies/access.ts'
 import type { FaultCode } from '#policies/fault.ts'
 import type { Route } from '#policies/route.ts'
 import type { Edge } from './edge.ts'
-import { entryCookie, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
+import { endOfTokenSegment, entryCookie, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
 import { hasToken, type Located, type NotLocated } from './locate.ts'
 import type { Visit } from './visit.ts'
 
@@ -57,7 +57,7 @@ export function admit(edge: Edge, visit: Visit): Refused | null {
 type Carried = { readonly token: string; readonly by: 'header' | 'path' | 'query' | 'cookie' }
 
 /** Takes our token off the request, whether or not anybody asks for it: it is nothing a sandbox should learn. */
-function takeToken(edge: Edge, visit: Visit, { by, prefix }: Located): Carried | null {
+function takeToken(edge: Edge, visit: Visit, { by, prefix, sandbox }: Located): Carried | null {
   const { head } = visit
   let found: Carried | null = null
   const cookie = by === 'host' ? head.hostCookie : by === 'path' && edge.uriCookies ? head.pathCookie : ''
@@ -67,12 +67,14 @@ function takeToken(edge: Edge, visit: Visit, { by, prefix }: Located): Carried |
     found = { token: parameter.token, by: 'query' }
     visit.target = parameter.rest
   }
-  const segment = by === 'path' ? takeSegment(visit.target) : null
+  const segment = by === 'path' ? takeSegment(visit.target, hasToken(sandbox)) : null
   if (segment !== null) {
     found = { token: segment.token, by: 'path' }
     visit.target = segment.rest
     visit.prefix = `${prefix}/${segment.token}`
   }
+  // What is left of it, where no token is taken off a path, is nothing for the log either.
+  if (visit.hidden === 0) visit.hidden = endOfTokenSegment(visit.target)
   return head.access === undefined ? found : { token: head.access.trim(), by: 'header' }
 }
 

@@ -13,16 +13,36 @@ export const pathCookie = 'sallyport-access'
 /** Seconds a browser keeps an entry, at most. */
 const longestEntry = 3_600
 
-/** Takes a token that is the first segment of the sandbox's path: `/sp1.…/rest`. @param target raw path and query */
-export function takeSegment(target: string): { readonly token: string; readonly rest: string; readonly length: number } | null {
-  if (!looksLikeAccessToken(target.slice(1, 5))) return null
+/** Where the first segment of a path ends that begins like a token, with a secret in it even when it is no whole one; 0 for every other path. */
+export function endOfTokenSegment(target: string): number {
+  if (!looksLikeAccessToken(target.slice(1, 5))) return 0
   let end = 1
   while (end < target.length && target[end] !== '/' && target[end] !== '?') end++
-  const token = target.slice(1, end)
-  if (parseAccessToken(token) === null) return null
-  const rest = target.slice(end)
-  return { token, rest: rest.startsWith('/') ? rest : `/${rest}`, length: end }
+  return end
 }
+
+/**
+ * Takes a token that is the first segment of the sandbox's path: `/sp1.…/rest`.
+ * @param target raw path and query
+ * @param secured anything that begins like one is taken; an open sandbox may have paths of its own that do
+ */
+export function takeSegment(target: string, secured: boolean): { readonly token: string; readonly rest: string } | null {
+  const end = endOfTokenSegment(target)
+  if (end === 0) return null
+  const token = target.slice(1, end)
+  if (!secured && parseAccessToken(token) === null) return null
+  const rest = target.slice(end)
+  return { token, rest: rest.startsWith('/') ? rest : `/${rest}` }
+}
+
+/** What a Referer would tell the sandbox of our tokens and signatures: null for one that holds a token, and without the signature of a URI-mode path. */
+export function cleanReferer(referer: string, uriMode: boolean): string | null {
+  if (referer.includes('/sp1.') || referer.includes(`${queryParameter}=`)) return null
+  return uriMode ? referer.replace(signedPath, '$1') : referer
+}
+
+/** `scheme://host/id/port` and, behind it, expiry and signature. */
+const signedPath = /^([a-z]+:\/\/[^/?#]*\/[^/?#]+\/[0-9]{1,5})\/[0-9a-z]{1,13}\/[0-9a-f]{8}[0-9a-z](?=[/?#]|$)/i
 
 /** Takes every `sallyport_access` off a query; the other parameters stay byte for byte. The first one counts. */
 export function takeParameter(target: string): { readonly token: string; readonly rest: string } | null {

@@ -3,7 +3,7 @@
  * out on the way, and what remains is what the sandbox may see. The other direction is in `response-headers.ts`.
  */
 import { headerNames } from '#policies/wire.ts'
-import { takeCookies } from './entry.ts'
+import { cleanReferer, takeCookies } from './entry.ts'
 
 /** What a request field means to the gateway. Everything that is not in the list passes through. */
 const kinds = {
@@ -27,6 +27,7 @@ const kinds = {
   access: 17,
   cookie: 18,
   trailer: 19,
+  referer: 20,
 } as const
 type Kind = (typeof kinds)[keyof typeof kinds]
 
@@ -50,6 +51,7 @@ const requestFields: readonly (readonly [string, Kind])[] = [
   [headerNames.secureAccess, kinds.secureAccess],
   [headerNames.access, kinds.access],
   ['cookie', kinds.cookie], //                   ours are taken out
+  ['referer', kinds.referer], //                 may hold our tokens and signatures
   [headerNames.apiKey, kinds.drop], //           the lifecycle server's key is nothing a sandbox should learn
   [headerNames.requestId, kinds.requestId],
   ['x-forwarded-for', kinds.forwardedFor],
@@ -110,6 +112,8 @@ export class RequestHead {
   upgrade = ''
   connection = ''
   replayable = false
+  /** What is left of the Referer, until it is known how the sandbox was named; '' for none. */
+  referer = ''
 }
 
 /** Most header fields of one request. Node would silently drop those behind its own limit, so that limit is off. */
@@ -188,6 +192,9 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
       case kinds.cookie:
         keepCookies(head, name, value)
         break
+      case kinds.referer:
+        head.referer = value
+        break
       case kinds.expect:
         // node:http finds `100-continue` anywhere in the value; it is the only expectation there is (RFC 9110 §10.1.1).
         if (value.toLowerCase() !== '100-continue') head.problem = 'unsupported expectation'
@@ -198,7 +205,10 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
   }
   if (head.chunked && head.contentLength !== '') head.problem = 'both Content-Length and Transfer-Encoding'
   if (head.chunked && head.trailer !== '') out.push('trailer', head.trailer)
-  if (namesFields(head.connection)) head.out = withoutNamed(out, head.connection)
+  if (namesFields(head.connection)) {
+    head.out = withoutNamed(out, head.connection)
+    if (connectionOptions(head.connection).has('referer')) head.referer = ''
+  }
   return head
 }
 
@@ -291,9 +301,13 @@ export function addForwarded(head: RequestHead, forwarding: Forwarding): void {
   out.push('x-forwarded-for', head.forwardedFor === '' ? forwarding.peer : `${head.forwardedFor}, ${forwarding.peer}`)
   if (!head.forwardedHost && head.host !== undefined) out.push('x-forwarded-host', head.host)
   if (!head.forwardedProto) out.push('x-forwarded-proto', forwarding.proto)
-  if (!head.forwardedPort) out.push('x-forwarded-port', forwarding.port)
+  // A proxy of ours that said how it was reached, and no port, was reached at the usual one; ours would be wrong.
+  if (!head.forwardedPort) out.push('x-forwarded-port', head.forwardedProto ? (head.proto === 'https' ? '443' : '80') : forwarding.port)
   const prefix = head.forwardedPrefix + forwarding.prefix
   if (prefix !== '') out.push('x-forwarded-prefix', prefix)
   out.push(headerNames.requestId, forwarding.requestId)
   if (head.trailers) out.push('te', 'trailers')
+  if (head.referer === '') return
+  const referer = cleanReferer(head.referer, forwarding.prefix !== '')
+  if (referer !== null) out.push('referer', referer)
 }

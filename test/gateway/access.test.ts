@@ -144,6 +144,8 @@ t.test('our strong token: header, path segment, query parameter, cookie', async 
     ['cookie among others', host(get('/p', `Cookie: a=1; __Host-sallyport-access=${token}; b=2`)), '/p'],
     ['an open sandbox does not see one either', get(`/open/${port}/${token}/p?sallyport_access=${token}`, accept, `Cookie: __Host-sallyport-access=${token}`), '/p'],
     ['scope', get(`/sec/${port}/${mint({ scope: { methods: ['GET'], pathPrefix: '/api' } })}/api/x`), '/api/x'],
+    ['a Referer with a segment', get(`/sec/${port}/${token}/p`, `Referer: http://gateway/sec/${port}/${token}/page`), '/p'],
+    ['a Referer with a parameter', host(get('/p', accept, `Referer: http://sec-${port}.gw.test/?a=1&sallyport_access=${token}`)), '/p'],
     ['a newer epoch than the sandbox knows', get(`/sec/${port}/${mint({ epoch: 4 })}/p`), '/p'],
   ]
   for (const [name, request, path] of ok) {
@@ -164,7 +166,13 @@ t.test('our strong token: header, path segment, query parameter, cookie', async 
   t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/asset.css`, `Cookie: ${cookie?.[1]}`))), 401, 'but not in URI mode, where all sandboxes share one origin')
   t.match(await ask(gateway.port, get(`/sec/${port}/${token}/move`)), `location: /sec/${port}/${token}/there\r\n`, 'a redirect keeps the entry')
 
+  const own = JSON.parse(bodyOf(await ask(gateway.port, get(`/open/${port}/${token}x/p`, `Referer: http://gateway/open/${port}/page`)))) as [string, string]
+  t.equal(own[0], `/${token}x/p`, 'what is no whole token may be a path of an open sandbox')
+  t.match(own[1], `referer http://gateway/open/${port}/page`, 'and a Referer without one passes')
+
   const bad: [string, string, string][] = [
+    ['a character too many', get(`/sec/${port}/${token}x/p`), 'is malformed'],
+    ['a character too many, with another proof', get(`/sec/${port}/${token}x/p`, 'Sallyport-Access: sp1.nonsense'), 'is malformed'],
     ['another sandbox', get(`/sec/${port}/${mint({ id: 'open' })}/`), 'is not valid for this sandbox and port'],
     ['another port', get(`/sec/${port}/${mint({ port: 1 })}/`), 'is not valid'],
     ['a changed scope', get(`/sec/${port}/${token.split('.').with(4, mint({ scope: { methods: ['PUT'], pathPrefix: '/' } }).split('.')[4] as string).join('.')}/`), 'is not valid'],

@@ -147,6 +147,61 @@ t.test('a port that is still booting is waited for, for a bounded time', async (
   t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused at once')
 })
 
+t.test('a port that never opens is given up, and a body that waited for one goes out once', async (t) => {
+  const reserved = await startRaw(() => undefined)
+  const { port } = reserved
+  await reserved[Symbol.asyncDispose]()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 500 })
+  const begun = Date.now()
+  t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502)
+  t.ok(Date.now() - begun >= 250 && Date.now() - begun < 4_000, `after ${Date.now() - begun} ms`)
+  await using patient = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 5_000 })
+  const client = new RawClient(patient.port)
+  client.send(`POST /a/${port}/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello`)
+  await new Promise((resolve) => setTimeout(resolve, 150))
+  const { createServer } = await import('node:http')
+  const bodies: string[] = []
+  const late = createServer((request, response) => {
+    let body = ''
+    request.setEncoding('latin1').on('data', (text: string) => (body += text)).on('end', () => response.end(String(bodies.push(body))))
+  })
+  await new Promise<void>((resolve) => late.listen(port, '127.0.0.1', resolve))
+  t.equal(statusOf(await client.untilClosed()), 200)
+  t.same(bodies, ['hello'])
+  late.closeAllConnections()
+  await new Promise((resolve) => late.close(resolve))
+})
+
+t.test('once more is once, and never when an answer had begun or a body was sent', async (t) => {
+  const request = (method: string, fields = '', body = '') => (p: number): string => `${method} /a/${p}/ HTTP/1.1\r\nHost: x\r\n${fields}\r\n${body}`
+  for (const [name, text, dies, wanted] of [
+    ['every connection breaks', request('GET'), '', 2],
+    ['the answer has begun', request('GET'), 'HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nha', 1],
+    ['a key, but also a body', request('POST', 'Idempotency-Key: k\r\nContent-Length: 2\r\n', 'hi'), '', 1],
+  ] as const) {
+    let [warm, asked] = [true, 0]
+    await using upstream = await startRaw((socket) => {
+      socket.on('data', () => {
+        if (warm) return void socket.write('HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok')
+        asked++
+        if (dies === '') socket.destroy()
+        else socket.end(dies)
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port).send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n\r\n`)
+    await client.until((c) => c.received.endsWith('ok'))
+    warm = false
+    client.received = ''
+    client.send(text(upstream.port))
+    await client.until((c) => c.closed || c.ended || /\r\n\r\n./s.test(c.received))
+    if (dies === '') t.equal(statusOf(client.received), 502, name)
+    await new Promise((resolve) => setTimeout(resolve, 100))
+    t.equal(asked, wanted, `${name}: asked ${asked} times`)
+    client.close()
+  }
+})
+
 t.test('a sandbox that speaks no HTTP, or breaks its rules, is a 502', async (t) => {
   for (const [name, text] of [
     ['noise', 'SSH-2.0-OpenSSH\r\n'],

@@ -44,7 +44,7 @@ t.test('paths and queries arrive byte for byte in every mode', async (t) => {
 
 t.test('forwarded headers: made for strangers, continued for our proxies', async (t) => {
   await using upstream = await startHttp(echo)
-  const claims = ['X-Forwarded-For: 6.6.6.6', 'X-Forwarded-Proto: https', 'X-Forwarded-Host: evil', 'X-Real-IP: 6.6.6.6', 'Forwarded: for=6.6.6.6', 'X-Forwarded-Prefix: /outer']
+  const claims = ['X-Forwarded-For: 6.6.6.6', 'X-Forwarded-Proto: https', 'X-Forwarded-Host: evil', 'X-Real-IP: 6.6.6.6', 'Forwarded: for=6.6.6.6', 'X-Forwarded-Prefix: /outer', 'X-Forwarded-Port: 8443']
   await using open = await startGateway([{ id: 'a' }], { mode: 'uri' })
   const stranger = new Map(pairs((JSON.parse(bodyOf(await ask(open.port, get(`/a/${upstream.port}/x`, ...claims)))) as Echo).raw))
   t.equal(stranger.get('x-forwarded-for'), '127.0.0.1')
@@ -61,6 +61,11 @@ t.test('forwarded headers: made for strangers, continued for our proxies', async
   t.equal(proxied.get('x-forwarded-for'), '6.6.6.6, 127.0.0.1')
   t.equal(proxied.get('x-forwarded-proto'), 'https')
   t.equal(proxied.get('x-forwarded-host'), 'evil')
+  t.equal(proxied.get('x-forwarded-port'), '8443')
+  for (const [said, port] of [['https', '443'], ['http', '80']] as const) {
+    const without = new Map(pairs((JSON.parse(bodyOf(await ask(behind.port, get(`/a/${upstream.port}/x`, `X-Forwarded-Proto: ${said}`)))) as Echo).raw))
+    t.equal(without.get('x-forwarded-port'), port, `${said} and no port: the usual one, not ours`)
+  }
   t.equal(proxied.get('x-forwarded-prefix'), `/outer/a/${upstream.port}`)
   t.equal(proxied.get('x-real-ip'), '6.6.6.6')
   t.equal(proxied.get('host'), 'gateway', 'preserveHost')
@@ -104,12 +109,12 @@ t.test('hop-by-hop fields end at the gateway, in both directions', async (t) => 
     })
   })
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
-  const answer = await ask(gateway.port, `GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nConnection: close, X-Named, Te\r\nX-Named: 1\r\nTE: trailers, deflate\r\nKeep-Alive: 1\r\nProxy-Authorization: p\r\nProxy-Connection: x\r\nOpen-Sandbox-Api-Key: k\r\nOpenSandbox-Secure-Access: s\r\nOpensandbox-Egress-Auth: kept\r\nX-Kept: 1\r\n\r\n`)
+  const answer = await ask(gateway.port, `GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\nConnection: close, X-Named, Te, Referer\r\nX-Named: 1\r\nTE: trailers, deflate\r\nKeep-Alive: 1\r\nProxy-Authorization: p\r\nProxy-Connection: x\r\nOpen-Sandbox-Api-Key: k\r\nOPEN-SANDBOX-INGRESS: a-1\r\nOpenSandbox-Ingress-To: a-1\r\nReferer: http://x/named\r\nOpenSandbox-Secure-Access: s\r\nOpensandbox-Egress-Auth: kept\r\nX-Kept: 1\r\n\r\n`)
   const head = answer.slice(0, answer.indexOf('\r\n\r\n')).toLowerCase()
   const sent = bodyOf(answer).toLowerCase()
   for (const name of ['x-hop', 'keep-alive: timeout=1', 'proxy-authenticate', 'upgrade']) t.notOk(head.includes(name), `response: ${name}`)
   t.match(head, 'x-kept: 1')
-  for (const name of ['x-named', 'proxy-', 'deflate', 'api-key', 'secure-access', 'keep-alive: 1']) t.notOk(sent.includes(name), `request: ${name}`)
+  for (const name of ['x-named', 'proxy-', 'deflate', 'api-key', 'secure-access', 'keep-alive: 1', 'open-sandbox', 'opensandbox-ingress', 'referer']) t.notOk(sent.includes(name), `request: ${name}`)
   for (const name of ['x-kept: 1', 'opensandbox-egress-auth: kept', 'te: trailers']) t.ok(sent.includes(name), `request keeps ${name}`)
 })
 

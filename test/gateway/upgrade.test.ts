@@ -65,7 +65,24 @@ t.test('messages of every size and kind come back, in all modes', async (t) => {
   }
 })
 
-t.test('any spelling of an upgrade, and compression end to end', async (t) => {
+t.test('compression is between the two ends', async (t) => {
+  const server = new WebSocketServer({ port: 0, host: '127.0.0.1', perMessageDeflate: true })
+  await once(server, 'listening')
+  server.on('connection', (socket) => socket.on('message', (data, isBinary) => socket.send(data, { binary: isBinary })))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const socket = new WebSocket(`ws://127.0.0.1:${gateway.port}/a/${(server.address() as { port: number }).port}/`, { perMessageDeflate: true })
+  await once(socket, 'open')
+  t.match(socket.extensions, 'permessage-deflate')
+  const text = 'compressed '.repeat(100_000)
+  socket.send(text)
+  t.equal(String((await once(socket, 'message'))[0]), text)
+  socket.terminate()
+  await eventually(() => gateway.lines.length === 1, 'ended')
+  t.ok(Number(/"bytes_out":(\d+)/.exec(gateway.lines[0] ?? '')?.[1]) < text.length / 10, 'it crossed compressed')
+  server.close()
+})
+
+t.test('any spelling of an upgrade', async (t) => {
   await using upstream = await startEcho()
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
   for (const fields of ['Connection: keep-alive, Upgrade\r\nUpgrade: websocket', 'Connection: upgrade\r\nUpgrade: WebSocket', 'Connection: Upgrade\r\nConnection: keep-alive\r\nUpgrade: h2c, websocket', 'connection:UPGRADE\r\nupgrade:WEBSOCKET']) {
@@ -80,23 +97,48 @@ t.test('any spelling of an upgrade, and compression end to end', async (t) => {
 
 t.test('every end-to-end header, repeated ones apart, in the request and in the 101', async (t) => {
   let seen = ''
-  const head = `${switching}Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-R: 1\r\nX-R: 2\r\nKeep-Alive: timeout=5\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n`
+  const head = `${switching}Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-R: 1\r\nX-R: 2\r\nConnection: X-Hop\r\nX-Hop: 1\r\nKeep-Alive: timeout=5\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n`
   await using upstream = await startTunnel(head, (socket, _early, request) => {
     seen = request
     socket.resume().on('end', () => socket.end())
   })
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
   const client = new RawClient(gateway.port)
-  client.send(handshake(`/a/${upstream.port}/ws/%2F..//x?`, 'Authorization: Bearer t', 'Cookie: c=1; d=2', 'X-R: 1', 'X-R: 2', 'Sec-WebSocket-Protocol: p1', 'Sec-WebSocket-Protocol: p2', 'Sec-WebSocket-Extensions: permessage-deflate', 'Origin: https://o', 'X-Execd-Access-Token: e', 'OpenSandbox-Secure-Access: s', 'Proxy-Authorization: no', 'X-Forwarded-For: 6.6.6.6'))
+  client.send(handshake(`/a/${upstream.port}/ws/%2F..//x?`, 'Authorization: Bearer t', 'Cookie: c=1; d=2', 'X-R: 1', 'X-R: 2', 'Sec-WebSocket-Protocol: p1', 'Sec-WebSocket-Protocol: p2', 'Sec-WebSocket-Extensions: permessage-deflate', 'Origin: https://o', 'X-Execd-Access-Token: e', 'OpenSandbox-Secure-Access: s', 'Proxy-Authorization: no', 'X-Forwarded-For: 6.6.6.6', 'OpenSandbox-Ingress-To: a-1', 'OPEN-SANDBOX-INGRESS: a-1', 'Open-Sandbox-Api-Key: k', 'Sallyport-Access: sp1.x', 'Connection: X-Named', 'X-Named: 1'))
   await client.until((c) => c.received.includes('\r\n\r\n'))
   t.match(seen, /^GET \/ws\/%2F\.\.\/\/x\? HTTP\/1\.1\r\n/, 'the raw target')
   for (const line of ['authorization: Bearer t', 'cookie: c=1; d=2', 'x-r: 1\r\nx-r: 2', 'sec-websocket-protocol: p1\r\nsec-websocket-protocol: p2', 'sec-websocket-extensions: permessage-deflate', 'origin: https://o', 'x-execd-access-token: e', 'x-forwarded-for: 127.0.0.1', 'x-forwarded-proto: http', `x-forwarded-prefix: /a/${upstream.port}`, `host: 127.0.0.1:${upstream.port}`, 'upgrade: websocket']) {
     t.ok(seen.toLowerCase().includes(line.toLowerCase()), line)
   }
-  t.notMatch(seen, /secure-access|proxy-authorization|6\.6\.6\.6/i)
+  t.notMatch(seen, /secure-access|proxy-authorization|6\.6\.6\.6|ingress|api-key|sallyport|x-named/i)
   t.match(client.received, /Set-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-R: 1\r\nX-R: 2\r\n/)
-  t.notMatch(client.received, /keep-alive/i)
+  t.notMatch(client.received, /keep-alive|x-hop/i)
   client.close()
+})
+
+t.test('behind a proxy of ours an upgrade is told what that proxy said, and the Host if wanted', async (t) => {
+  let seen = ''
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket, _early, request) => {
+    seen = request
+    socket.resume().on('end', () => socket.end())
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', trustedProxies: ['127.0.0.0/8'], preserveHost: true })
+  const client = new RawClient(gateway.port)
+  client.send(handshake(`/a/${upstream.port}/`, 'X-Forwarded-For: 6.6.6.6', 'X-Forwarded-Proto: https', 'X-Forwarded-Host: outer.example', 'X-Forwarded-Port: 8443', 'X-Forwarded-Prefix: /outer'))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  for (const line of ['host: x', 'x-forwarded-for: 6.6.6.6, 127.0.0.1', 'x-forwarded-proto: https', 'x-forwarded-host: outer.example', 'x-forwarded-port: 8443', `x-forwarded-prefix: /outer/a/${upstream.port}`]) t.ok(seen.toLowerCase().includes(`${line}\r\n`), line)
+  client.close()
+})
+
+t.test('informational answers before a 101 and before a refusal', async (t) => {
+  for (const final of [`${switching}\r\n`, 'HTTP/1.1 403 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n']) {
+    await using upstream = await startTunnel(`HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n${final}`, (socket) => void socket.resume().on('end', () => socket.end()))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const client = new RawClient(gateway.port)
+    const answer = await client.send(handshake(`/a/${upstream.port}/`)).until((c) => c.received.split('\r\n\r\n').length > 2)
+    t.match(answer, /^HTTP\/1\.1 103 Early Hints\r\nLink: <\/a\.css>\r\n\r\nHTTP\/1\.1 (101|403) /)
+    client.close()
+  }
 })
 
 t.test('cookies and references in the answer to a handshake are treated as in any other', async (t) => {
@@ -257,6 +299,33 @@ t.test('caps per client and per sandbox', async (t) => {
     t.equal(statusOf(again.received), 101, `${option}: freed`)
     for (const client of [...clients, again]) client.close()
   }
+})
+
+t.test('what one sandbox or client fills up is open to the next', async (t) => {
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
+  for (const [option, id, from] of [['maxUpgradesPerSandbox', 'b', '6.6.6.1'], ['maxUpgradesPerClient', 'a', '6.6.6.2']] as const) {
+    await using gateway = await startGateway([{ id: 'a' }, { id: 'b' }], { mode: 'uri', trustedProxies: ['127.0.0.0/8'], [option]: 1 })
+    const open = async (id: string, from: string): Promise<RawClient> => {
+      const client = new RawClient(gateway.port)
+      await client.send(handshake(`/${id}/${upstream.port}/`, `X-Forwarded-For: ${from}`)).until((c) => c.received.includes('\r\n\r\n'))
+      return client
+    }
+    const clients = [await open('a', '6.6.6.1'), await open('a', '6.6.6.1'), await open(id, from)]
+    t.same(clients.map((client) => statusOf(client.received)), [101, 503, 101], option)
+    t.match(clients[1]?.received, /\r\nretry-after: \d+\r\n/i)
+    for (const client of clients) client.close()
+  }
+})
+
+t.test('a quiet WebSocket outlives the idle timeout', async (t) => {
+  await using upstream = await startEcho()
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', idleTimeout: 300 })
+  const socket = new WebSocket(`ws://127.0.0.1:${gateway.port}/a/${upstream.port}/`)
+  await once(socket, 'open')
+  await new Promise((resolve) => setTimeout(resolve, 2_500))
+  socket.send('still there')
+  t.equal(String((await once(socket, 'message'))[0]), 'still there')
+  socket.terminate()
 })
 
 t.test('at shutdown clients are told 1001 between two frames', async (t) => {

@@ -63,6 +63,8 @@ t.test('our own tokens', async (t) => {
   const grant = { id: 'sec', port: 9100, epoch: 3, scope: { methods: ['GET', 'HEAD'], pathPrefix: '/api' } as AccessScope, keyId: 'a', secret, expires: 2_000_000_000n }
   const token = mintAccessToken(grant)
   t.match(token, /^sp1\.a\.x2qxvk\.3\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]{43}$/)
+  // Computed once by another implementation, from the grammar in the issue and lengths of four bytes before each part.
+  t.equal(token, 'sp1.a.x2qxvk.3.R0VULEhFQUQgL2FwaQ.Z-L0DSxX2CMaWNcFwNIs6U192zMJQPE502G-AlP6Onw', 'a known answer')
   t.ok(looksLikeAccessToken(token))
   t.same(parseAccessToken(token)?.scope, grant.scope)
   const ask = { token, id: 'sec', port: 9100, method: 'GET', path: '/api/x', epoch: 3, keys, now }
@@ -84,8 +86,10 @@ t.test('our own tokens', async (t) => {
   t.ok(scopeCovers({ methods: null, pathPrefix: '/api/' }, 'GET', '/api/x'))
   t.notOk(scopeCovers({ methods: null, pathPrefix: '/api/' }, 'GET', '/api'))
   for (const scope of [{ methods: ['get'], pathPrefix: '/' }, { methods: [], pathPrefix: '/' }, { methods: null, pathPrefix: 'api' }, { methods: null, pathPrefix: '/a b' }, { methods: null, pathPrefix: '/a/../b' }]) t.throws(() => formatScope(scope), RangeError)
-  const parts = { id: 'ab', port: 1, expires: '1', epoch: 0, scopeText: 'x' }
-  t.not(signStrong(secret, parts), signStrong(secret, { ...parts, id: 'a', expires: 'b1' }), 'parts are kept apart')
+  const parts = { id: 'ab', port: 11, expires: '1', epoch: 1, scopeText: '1x' }
+  for (const moved of [{ id: 'ab1', port: 1 }, { port: 1, expires: '11' }, { expires: '11', epoch: 1 }, { epoch: 11, scopeText: 'x' }]) {
+    t.not(signStrong(secret, parts), signStrong(secret, { ...parts, ...moved }), `parts are kept apart: ${Object.keys(moved).join(', ')}`)
+  }
 })
 
 t.test('a signature that was found good is not computed again; everything else is asked each time', async (t) => {
