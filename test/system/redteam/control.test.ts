@@ -89,6 +89,15 @@ t.test('the places of a dead sidecar', async (t) => {
   const baseline = await squat(free, () => Promise.resolve())
   t.ok(baseline.seen > 100, 'the squatter gets out where there is no sidecar', baseline)
   for (const signal of ['SIGKILL', 'SIGTERM', 'SIGSTOP'] as const) await takeOver(t, signal)
+  // With nobody there to end the group the squatter lives on, and has the ports for itself.
+  const left = await stack.create({ networkPolicy })
+  await stack.server.stop('SIGKILL')
+  const { seen, said } = await squat(left, () => docker.getContainer(left.sidecar!).kill({ signal: 'SIGKILL' }))
+  const output = (said as { stdout?: string }).stdout ?? ''
+  for (const port of [15353, 18080]) t.match(output, new RegExp(`took \\S+ ${port}`), `port ${port} was taken`)
+  t.match(output, 'answered itself', 'and questions of the sandbox found the squatter')
+  t.equal(seen, 0, 'nothing gets out even then')
+  t.equal(await internet.strays(), 0)
 
   async function takeOver(t: Test, signal: string): Promise<void> {
     const guarded = await stack.create({ networkPolicy })
@@ -120,18 +129,25 @@ def take(kind,port):
     try:
       s.bind(("0.0.0.0",port))
       if kind==socket.SOCK_STREAM: s.listen()
-      print("took",kind,port,flush=True); time.sleep(9)
+      print("took",kind,port,flush=True)
+      while kind==socket.SOCK_DGRAM:
+        asked,peer=s.recvfrom(512); s.sendto(asked[:2]+b"\\x81\\x80"+asked[4:6]+b"\\0\\1\\0\\0\\0\\0"+asked[12:]+b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4"+socket.inet_aton(place),peer)
+      time.sleep(9)
     except OSError: time.sleep(0.001)
     s.close()
 for kind,port in ((socket.SOCK_DGRAM,15353),(socket.SOCK_STREAM,15353),(socket.SOCK_STREAM,18080)): threading.Thread(target=take,args=(kind,port),daemon=True).start()
 open("/tmp/squatting","w").close()
 u=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); u.setblocking(False)
 end=time.time()+2
+heard=False
 while time.time()<end:
-  for to in ((place,443),("${resolver}",53)):
+  for to in ((place,443),("${resolver}",53),("127.0.0.1",15353)):
     try: u.sendto(dns(name),to)
     except OSError: pass
+  try: heard=heard or socket.inet_aton(place) in u.recv(512)[-4:]
+  except OSError: pass
   time.sleep(0.002)
+if heard: print("answered itself",flush=True)
 `
 
 async function readPolicy(sandbox: Sandbox, token: string): Promise<unknown> {

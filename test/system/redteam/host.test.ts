@@ -44,6 +44,7 @@ t.test('the host', async (t) => {
     const seen = await watch.take(stack.bridge)
     for (const [i, [why, , protocol, address]] of tries.entries()) t.notOk(seen.has(`${protocol} ${address}`), `${why}: nothing comes to the host from a sandbox ${kind}`, { said: said[i] })
   }
+  t.equal(await internet.strays(), 0)
 })
 
 t.test('everybody on the link', async (t) => {

@@ -73,6 +73,7 @@ t.test('IPv6', async (t) => {
   await internet.forget()
   const said = await fire(ready.main, [['steps', 'ask', 'allowed.example', '127.0.0.11', '53', 'udp', '28', ';', 'tcp', '2001:db8::10', '443']])
   t.ok((await internet.flows()).some(({ to, protocol }) => to === '2001:db8::10' && protocol === 'tcp'), 'an allowed name connects over IPv6 where there is some', { said })
+  t.equal(await internet.strays(), 0)
 })
 
 /** A link of its own from a container's namespace into the tests' internet, as a host with IPv6 would give it. */

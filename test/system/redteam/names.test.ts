@@ -125,4 +125,5 @@ t.test('names that lie', async (t) => {
     }
   })
   t.match((await guarded.run(['curl', '-sS', '-m', '5', 'http://allowed.example/still'])).stdout, 'GET /still', 'and the allowed name still connects')
+  t.equal(await internet.strays(), 0)
 })

@@ -40,6 +40,7 @@ t.test('a thousand first connections to two hundred names', async (t) => {
   t.same(result, { ok: connections, errors: {} }, 'none refused', { stderr })
   const seen = await internet.flows()
   t.equal(new Set(seen.filter(({ to, protocol }) => to.startsWith('198.18.60.') && protocol === 'tcp').map(({ to }) => to)).size, names, 'and each place was reached')
+  t.equal(await internet.strays(), 0)
 })
 
 t.test('a policy that is tightened while data flows', async (t) => {
