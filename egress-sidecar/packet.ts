@@ -165,7 +165,8 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     const ttl = rawTtl > 0x7fffffff ? 0 : rawTtl
     if (isIn && type === recordTypes.cname) {
       const target = readName(message, rdata, names)
-      if (target === null) return null
+      // With more data than the name, two readers would go on at two places.
+      if (target === null || skipName(message, rdata) !== rdata + length) return null
       aliasOf ??= new Map()
       if (!aliasOf.has(owner)) aliasOf.set(owner, { target, ttl })
       ttlOffsets = added(ttlOffsets, at + 4)

@@ -88,6 +88,7 @@ t.test('malformed answers are of no use at all', async (t) => {
   t.equal(readAnswer(patched(Buffer.from(good), 7, 9), question), null, 'more records claimed than there are')
   t.equal(readAnswer(message({ flags: replyFlags, answers: [{ name: toQuestion, type: types.A, data: Buffer.alloc(5) }] }), question), null, 'an address of five bytes')
   t.equal(readAnswer(message({ flags: replyFlags, answers: [{ name: Buffer.of(0xc0, 0xff), type: types.A, data: '198.51.100.1' }] }), question), null, 'a pointer forwards')
+  t.equal(readAnswer(message({ flags: replyFlags, answers: [{ name: toQuestion, type: types.CNAME, data: Buffer.concat([wireName('b.example'), Buffer.of(0)]) }, { name: 'b.example', type: types.A, data: '198.51.100.1' }] }), question), null, 'an alias with a byte behind its name')
   t.equal(readAnswer(message({ flags: replyFlags, answers: loop }), question), null, 'aliases in a circle')
   t.equal(readAnswer(message({ flags: replyFlags, answers: long }), question), null, 'forty aliases')
 })
