@@ -1,5 +1,5 @@
 /** The sidecar as a process in a network namespace of its own, against real nft and a small internet behind a veth. */
-import { existsSync, mkdirSync, readFileSync, rmdirSync, symlinkSync } from 'node:fs'
+import { existsSync, mkdirSync, readFileSync, rmdirSync, symlinkSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
@@ -122,6 +122,21 @@ t.test('many rules, many learned addresses', async (t) => {
   times.sort((a, b) => a - b)
   t.comment(`first use of a name: p50 ${times[50]?.toFixed(2)} ms, p99 ${times[98]?.toFixed(2)} ms`)
   t.ok((times[50] ?? NaN) < 50)
+})
+
+t.test('always files are read at the start and looked at again', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecarWithVar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example', outside.other) })
+  const [flow] = await space.ask({ stream: outside.other })
+  t.equal((await space.ask({ write: flow?.stream ?? 0 }))[0]?.result, 'echo')
+  const rules = `/proc/${sidecar.pid}/root/var/egress/rules`
+  writeFileSync(`${rules}/deny.always`, `# the operator's\n${outside.other}\nip-198-18-3-3.ok.example\n`)
+  writeFileSync(`${rules}/allow.always`, '198.18.200.0/24\n')
+  await eventually('they are seen', async () => (sidecar.log().includes('egress.always_reloaded') ? true : undefined), 45)
+  t.same((await space.ask({ write: flow?.stream ?? 0 }, { connect: outside.other }, { ask: 'ip-198-18-3-3.ok.example' }, { connect: '198.18.200.1' })).map(({ result, rcode }) => rcode ?? result), ['closed', 'ECONNREFUSED', 3, 'open'], "the operator's word stands before the user's, also for what is open already")
+  t.match(await api(space, 'GET', ''), /"egress":\[[^\]]*ok\.example[^\]]*\][^\]]*200$/s)
+  t.notMatch(await api(space, 'GET', ''), /198\.18\.200/, 'the policy that is told is the user\'s')
+  t.match(await space.run('curl', '-s', 'http://127.0.0.1:18080/policy/effective'), /"egress":\[\{"action":"deny","target":"198\.51\.100\.77"\},\{"action":"deny","target":"ip-198-18-3-3\.ok\.example"\},\{"action":"allow","target":"198\.18\.200\.0\/24"\}/)
 })
 
 t.test('what the checks find before anything is called ready', async (t) => {

@@ -20,6 +20,8 @@ export interface Namespaces extends AsyncDisposable {
   ask(...orders: Order[]): Promise<Told[]>
   /** Starts the sidecar; resolves when it is ready, or rejects with what it said and its exit code. */
   startSidecar(env: Readonly<Record<string, string>>, cgroup?: string): Promise<RunningSidecar>
+  /** The same with a /var of its own, that holds an empty folder for always files; outside it is below /proc/<pid>/root. */
+  startSidecarWithVar(env: Readonly<Record<string, string>>): Promise<RunningSidecar>
   run(program: string, ...args: string[]): Promise<string>
 }
 
@@ -85,6 +87,31 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
     })
     let orders = 0
 
+    const startSidecar = async (env: Readonly<Record<string, string>>, cgroup: string, program: readonly string[]): Promise<RunningSidecar> => {
+      const enter = ['ip', 'netns', 'exec', inside]
+      // The shells enter the cgroup, mount the tree where nft looks for it (`ip` gives its child a /sys of its own), and become the sidecar.
+      const inCgroup = ['sh', '-c', `echo $$ > ${cgroup}/cgroup.procs && exec "$@"`, 'sh', ...enter, 'sh', '-c', 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"', 'sh', ...program]
+      const args = cgroup === '' ? [...enter, ...program] : inCgroup
+      const child = execa(args[0] as string, args.slice(1), { cwd: root, reject: false, all: true, buffer: false, env: { OPENSANDBOX_EGRESS_DNS_UPSTREAM: outside.v4, OPENSANDBOX_EGRESS_EXEMPTION: 'ports', ...env } })
+      children.push(child)
+      let log = ''
+      let ended: number | string | null = null
+      child.all.setEncoding('utf8').on('data', (text: string) => (log += text))
+      const over = child.then((result) => (ended = result.signal ?? result.exitCode ?? -1))
+      for (const deadline = Date.now() + 20_000; !log.includes('egress.loaded'); await delay(20)) {
+        if (ended !== null) throw new Error(`exit ${ended}: ${log}`)
+        if (Date.now() > deadline) throw new Error(`not ready: ${log}`)
+      }
+      return {
+        pid: child.pid ?? 0,
+        log: () => log,
+        async end(signal) {
+          child.kill(signal)
+          return over
+        },
+      }
+    }
+
     return {
       inside,
       seen,
@@ -94,31 +121,8 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
         client.stdin.write(`${JSON.stringify({ id, orders: list })}\n`)
         return told
       },
-      async startSidecar(env, cgroup = '') {
-        const program = [process.execPath, 'egress-sidecar/main.ts']
-        const enter = ['ip', 'netns', 'exec', inside]
-        // The shells enter the cgroup, mount the tree where nft looks for it (`ip` gives its child a /sys of its own), and become the sidecar.
-        const inCgroup = ['sh', '-c', `echo $$ > ${cgroup}/cgroup.procs && exec "$@"`, 'sh', ...enter, 'sh', '-c', 'mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec "$@"', 'sh', ...program]
-        const args = cgroup === '' ? [...enter, ...program] : inCgroup
-        const child = execa(args[0] as string, args.slice(1), { cwd: root, reject: false, all: true, buffer: false, env: { OPENSANDBOX_EGRESS_DNS_UPSTREAM: outside.v4, OPENSANDBOX_EGRESS_EXEMPTION: 'ports', ...env } })
-        children.push(child)
-        let log = ''
-        let ended: number | string | null = null
-        child.all.setEncoding('utf8').on('data', (text: string) => (log += text))
-        const over = child.then((result) => (ended = result.signal ?? result.exitCode ?? -1))
-        for (const deadline = Date.now() + 20_000; !log.includes('egress.loaded'); await delay(20)) {
-          if (ended !== null) throw new Error(`exit ${ended}: ${log}`)
-          if (Date.now() > deadline) throw new Error(`not ready: ${log}`)
-        }
-        return {
-          pid: child.pid ?? 0,
-          log: () => log,
-          async end(signal) {
-            child.kill(signal)
-            return over
-          },
-        }
-      },
+      startSidecar: (env, cgroup = '') => startSidecar(env, cgroup, [process.execPath, 'egress-sidecar/main.ts']),
+      startSidecarWithVar: (env) => startSidecar(env, '', ['unshare', '--mount', 'sh', '-c', 'mount -t tmpfs tmpfs /var && mkdir -p /var/egress/rules && exec "$@"', 'sh', process.execPath, 'egress-sidecar/main.ts']),
       run: async (program, ...args) => (await execa('ip', ['netns', 'exec', inside, program, ...args])).stdout,
       [Symbol.asyncDispose]: removeAll,
     }
