@@ -219,7 +219,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   }
 }
 
-/** A stub resolver waits 5 s: it is told in time that there is no answer. */
+/** Clients' resolvers give up after 5 s: they are told in time that there is no answer. */
 const openTimeoutMs = 3000
 /** Thousands of rules take a tenth of a second; a machine under load may need much longer. */
 const replaceTimeoutMs = 30_000

@@ -11,7 +11,7 @@ export const recordTypes = { a: 1, ns: 2, cname: 5, aaaa: 28, svcb: 64, https: 6
 
 const headerLength = 12
 const classIn = 1
-/** No stub resolver's question is longer (name 255, fixed parts, EDNS with a cookie and padding); the original reads no more either. */
+/** No client's question is longer (name 255, fixed parts, EDNS with a cookie and padding); the original reads no more either. */
 const maxQuestionMessage = 512
 /** RFC 1035 3.1: a name has at most 255 bytes on the wire. */
 const maxNameLength = 255

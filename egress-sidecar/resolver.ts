@@ -44,7 +44,7 @@ const distrustMs = 30_000
 const probeMs = 2000
 /** Questions within it came together. */
 const togetherMs = 1
-/** Before the next upstream is asked; a stub resolver waits 5 s for everything together. */
+/** Before the next upstream is asked; clients' resolvers wait 5 s for everything together. */
 const patienceMs = 1200
 /** Bytes of a datagram that every client takes. RFC 1035 4.2.1 */
 const anyClientTakes = 512
@@ -89,6 +89,8 @@ type UpstreamState = {
   silent: boolean
   /** Gives back the case of the question. False as soon as it was proven, or could not be disproved, that it does not. */
   keepsCase: boolean
+  /** The answer over TCP that is to tell it. */
+  proof: Promise<Buffer | null> | null
 }
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
@@ -100,7 +102,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: true }
+    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: true, proof: null }
     try {
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
       states.push(state)
@@ -148,10 +150,19 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     take(pending, reply)
   }
 
-  /** The same upstream over TCP. Where it has none, what came is taken: without the case, as for everybody else. */
+  /**
+   * The same upstream over TCP, one question at a time: all that a server which does not keep the case answered meanwhile needs no proof of its own.
+   * Where it has no TCP, what came is taken: without the case, as for everybody else.
+   */
   async function askProof(state: UpstreamState, pending: Pending, folded: Buffer): Promise<void> {
+    while (state.proof !== null) await state.proof
+    if (!state.keepsCase) return take(pending, folded)
     const { query, questionEnd } = pending
-    const reply = await askTcp(query, questionEnd, state.upstream, Math.max(1, Math.min(patienceMs, pending.deadline - now())))
+    const left = Math.min(patienceMs, pending.deadline - now())
+    if (closed || left <= 0) return next(pending)
+    state.proof = askTcp(query, questionEnd, state.upstream, left)
+    const reply = await state.proof
+    state.proof = null
     const echo = reply === null ? 'none' : echoOf(reply, query, questionEnd)
     if (echo !== 'exact') state.keepsCase = false
     if (reply === null) return take(pending, folded)

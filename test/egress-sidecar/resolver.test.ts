@@ -137,6 +137,17 @@ t.test('an answer in another case', async (t) => {
   }
 })
 
+t.test('a crowd of answers in another case takes one proof', async (t) => {
+  let proofs = 0
+  const peer = await upstream(t, (asked, send) => send(folded(asked)))
+  await serveTcp(t, peer.port, (asked) => (proofs++, folded(asked)))
+  const resolver = await resolverOf(t, [peer])
+  // As many as fit into the peer's socket at once.
+  const got = await Promise.all(Array.from({ length: 150 }, () => askOnce(resolver, query(), end, 'udp')))
+  t.ok(got.every((reply) => reply?.includes(Buffer.of(198, 51, 100, 1))), 'all are answered')
+  t.equal(proofs, 1)
+})
+
 t.test('closed while an answer in another case is being proven', async (t) => {
   const peer = await upstream(t, (asked, send) => send(folded(asked)))
   const asked = new Promise<void>((resolve) => void serveTcp(t, peer.port, (question) => (resolve(), folded(question, '198.51.100.2', replyFlags | 5))))
