@@ -11,6 +11,8 @@ import type { Problem } from '#policies/problem.ts'
 import { wellKnownPorts } from '#policies/wire.ts'
 
 const milliseconds = (value: number, description: string) => Type.Integer({ minimum: 0, maximum: 86_400_000, default: value, description: `${description} (ms)` })
+/** Off would mean: for ever. */
+const someMilliseconds = (value: number, description: string) => Type.Integer({ minimum: 1, maximum: 86_400_000, default: value, description: `${description} (ms)` })
 const count = (value: number, description: string) => Type.Integer({ minimum: 0, default: value, description })
 const text = (value: string, description: string) => Type.String({ default: value, description })
 
@@ -37,9 +39,9 @@ export const GatewayConfigSchema = Type.Object({
   adminHost: text('127.0.0.1', 'its address'),
   accessLog: text('stdout', '`stdout`, `stderr`, `off` or a file'),
   logLevel: text('info', 'debug, info, warn, error or fatal; anything else is info'),
-  headerTimeout: milliseconds(30_000, 'until a request head must be complete'),
+  headerTimeout: someMilliseconds(30_000, 'until a request head must be complete'),
   keepAliveTimeout: milliseconds(75_000, 'how long a client connection may idle between requests'),
-  connectTimeout: milliseconds(10_000, 'until a sandbox must accept a connection'),
+  connectTimeout: someMilliseconds(10_000, 'until a sandbox must accept a connection'),
   firstByteTimeout: milliseconds(600_000, 'until a sandbox must begin to answer; 0: no limit'),
   idleTimeout: milliseconds(600_000, 'silence after which an exchange is broken off, event streams and upgrades excepted; 0: no limit'),
   bootGrace: milliseconds(1_000, 'how long a refused connection to a port that never answered is tried again'),

@@ -35,14 +35,14 @@ export function takeSegment(target: string, secured: boolean): { readonly token:
   return { token, rest: rest.startsWith('/') ? rest : `/${rest}` }
 }
 
+/** `scheme://host/id/port`, below whatever a proxy put in front of it, and then expiry and signature. */
+const signedPath = /^([^?#]*?\/[^/?#]+\/[0-9]{1,5})\/[0-9a-z]{1,13}\/[0-9a-f]{8}[0-9a-z](?=[/?#]|$)/
+
 /** What a Referer would tell the sandbox of our tokens and signatures: null for one that holds a token, and without the signature of a URI-mode path. */
 export function cleanReferer(referer: string, uriMode: boolean): string | null {
   if (referer.includes('/sp1.') || referer.includes(`${queryParameter}=`)) return null
   return uriMode ? referer.replace(signedPath, '$1') : referer
 }
-
-/** `scheme://host/id/port` and, behind it, expiry and signature. */
-const signedPath = /^([a-z]+:\/\/[^/?#]*\/[^/?#]+\/[0-9]{1,5})\/[0-9a-z]{1,13}\/[0-9a-f]{8}[0-9a-z](?=[/?#]|$)/i
 
 /** Takes every `sallyport_access` off a query; the other parameters stay byte for byte. The first one counts. */
 export function takeParameter(target: string): { readonly token: string; readonly rest: string } | null {

@@ -301,8 +301,8 @@ export function addForwarded(head: RequestHead, forwarding: Forwarding): void {
   out.push('x-forwarded-for', head.forwardedFor === '' ? forwarding.peer : `${head.forwardedFor}, ${forwarding.peer}`)
   if (!head.forwardedHost && head.host !== undefined) out.push('x-forwarded-host', head.host)
   if (!head.forwardedProto) out.push('x-forwarded-proto', forwarding.proto)
-  // A proxy of ours that said how it was reached, and no port, was reached at the usual one; ours would be wrong.
-  if (!head.forwardedPort) out.push('x-forwarded-port', head.forwardedProto ? (head.proto === 'https' ? '443' : '80') : forwarding.port)
+  // A proxy of ours that said how it was reached, and not at which port: ours would be wrong, and its Host knows.
+  if (!head.forwardedPort && !head.forwardedProto) out.push('x-forwarded-port', forwarding.port)
   const prefix = head.forwardedPrefix + forwarding.prefix
   if (prefix !== '') out.push('x-forwarded-prefix', prefix)
   out.push(headerNames.requestId, forwarding.requestId)

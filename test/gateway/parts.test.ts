@@ -11,6 +11,7 @@ import { routeStreamPath, type RouteEvent } from '#policies/wire.ts'
 import { readGatewayConfig } from '../../gateway/config.ts'
 import { FrameBoundary } from '../../gateway/frame-boundary.ts'
 import { readRequestHead, RequestHead } from '../../gateway/headers.ts'
+import { cleanReferer } from '../../gateway/entry.ts'
 import { KeyRing } from '../../gateway/key-ring.ts'
 import { Locator } from '../../gateway/locate.ts'
 import { clientOf, type Peer } from '../../gateway/peer.ts'
@@ -62,6 +63,8 @@ t.test('configuration: flags in Go syntax, environment, file, every problem at o
     [[...server, '--trusted-proxies', '10.0.0.0/99'], 'is not an address'],
     [[...server, '--workers', '2', '--port', '0'], 'more than one worker'],
     [[...server, '--port'], '--port needs a value'],
+    [[...server, '--connect-timeout', '0'], '--connect-timeout must'],
+    [[...server, '--header-timeout', '0'], '--header-timeout must'],
     [[...server, '--config', '/nowhere.toml'], '/nowhere.toml cannot be read'],
   ] as const) t.ok(problemsOf([...argv]).some((problem) => problem.includes(part)), part)
 
@@ -354,4 +357,17 @@ t.test('a connection is free again after a request that undici refuses, and afte
     t.equal(await ask(path, headers), wanted, why)
     t.equal(connections.size, count, why)
   }
+})
+
+t.test('what a Referer says of tokens and signatures', async (t) => {
+  const rows: [why: string, uriMode: boolean, referer: string, wanted: string | null][] = [
+    ['nothing', true, 'https://gw.test/sec/9100/page?x=/80/x2qxvk/6a47d98fa', 'https://gw.test/sec/9100/page?x=/80/x2qxvk/6a47d98fa'],
+    ['a signature', true, 'https://gw.test/sec/9100/x2qxvk/6a47d98fa/page?x#y', 'https://gw.test/sec/9100/page?x#y'],
+    ['a signature at the end', true, 'https://gw.test/sec/9100/x2qxvk/6a47d98fa', 'https://gw.test/sec/9100'],
+    ['a signature below the prefix of a proxy', true, 'https://gw.test/outer/sec/9100/x2qxvk/6a47d98fa/page', 'https://gw.test/outer/sec/9100/page'],
+    ['a path of the application, on its own host', false, 'https://a.gw.test/x/80/x2qxvk/6a47d98fa', 'https://a.gw.test/x/80/x2qxvk/6a47d98fa'],
+    ['a token as a segment', true, 'https://gw.test/sec/9100/sp1.a.x2qxvk.3.R0VU.abc/page', null],
+    ['a token as a parameter', false, 'https://a.gw.test/?a=1&sallyport_access=sp1.x', null],
+  ]
+  for (const [why, uriMode, referer, wanted] of rows) t.equal(cleanReferer(referer, uriMode), wanted, why)
 })
