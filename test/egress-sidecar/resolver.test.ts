@@ -1,7 +1,7 @@
 /** Upstreams that lie, are slow or dead: failover or nothing, never a wrong answer, never a hang. */
 import { createSocket, type RemoteInfo, type Socket } from 'node:dgram'
 import { once } from 'node:events'
-import { createServer } from 'node:net'
+import { createServer, type AddressInfo, type Server } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import t, { type Test } from 'tap'
 import { askOnce } from '../../egress-sidecar/question.ts'
@@ -12,10 +12,13 @@ import { message, rcodeOf, record, replyFlags, toQuestion, types } from './messa
 
 type Reply = (query: Buffer, send: (reply: Buffer) => void, peer: RemoteInfo) => void
 
-async function upstream(t: Test, reply: Reply): Promise<Upstream & { asked: number }> {
+/** @param whole what it answers over TCP; without it nobody listens there */
+async function upstream(t: Test, reply: Reply, whole?: (asked: Buffer) => Buffer): Promise<Upstream & { asked: number }> {
   const socket: Socket = createSocket('udp4')
-  socket.bind(0, '127.0.0.1')
-  await once(socket, 'listening')
+  const server = whole === undefined ? null : await serveTcp(t, whole)
+  socket.bind(server === null ? 0 : (server.address() as AddressInfo).port, '127.0.0.1')
+  // What is free for TCP may be taken for UDP.
+  if (!(await once(socket, 'listening').then(() => true, () => false))) return upstream(t, reply, whole)
   const state = { address: '127.0.0.1', port: socket.address().port, asked: 0 }
   socket.on('message', (query, peer) => {
     state.asked++
@@ -31,7 +34,7 @@ async function resolverOf(t: Test, upstreams: Upstream[], timeoutMs = 3000, tcp 
   return resolver
 }
 
-async function serveTcp(t: Test, port: number, whole: (asked: Buffer) => Buffer): Promise<void> {
+async function serveTcp(t: Test, whole: (asked: Buffer) => Buffer): Promise<Server> {
   const server = createServer((socket) => {
     socket.on('error', () => socket.destroy())
     socket.on('data', (data) => {
@@ -40,9 +43,10 @@ async function serveTcp(t: Test, port: number, whole: (asked: Buffer) => Buffer)
       // In two parts: the length alone may come first.
       socket.write(framed.subarray(0, 1), () => socket.write(framed.subarray(1)))
     })
-  }).listen(port, '127.0.0.1')
+  }).listen(0, '127.0.0.1')
   await once(server, 'listening')
   t.teardown(() => server.close())
+  return server
 }
 
 const query = (): Buffer => message({ name: 'a.example' })
@@ -107,8 +111,7 @@ t.test('an answer in another case', async (t) => {
     const peer = await upstream(t, (asked, send) => {
       last = asked
       send(folded(asked, lie))
-    })
-    if (tcp !== null) await serveTcp(t, peer.port, (asked) => (proofs++, tcp(asked)))
+    }, tcp === null ? undefined : (asked) => (proofs++, tcp(asked)))
     const resolver = await resolverOf(t, [peer], 1000)
     const ask = async (): Promise<Buffer> => {
       for (let i = 0; i < 20; i++) {
@@ -139,8 +142,7 @@ t.test('an answer in another case', async (t) => {
 
 t.test('a crowd of answers in another case takes one proof', async (t) => {
   let proofs = 0
-  const peer = await upstream(t, (asked, send) => send(folded(asked)))
-  await serveTcp(t, peer.port, (asked) => (proofs++, folded(asked)))
+  const peer = await upstream(t, (asked, send) => send(folded(asked)), (asked) => (proofs++, folded(asked)))
   const resolver = await resolverOf(t, [peer])
   // As many as fit into the peer's socket at once.
   const got = await Promise.all(Array.from({ length: 150 }, () => askOnce(resolver, query(), end, 'udp')))
@@ -149,8 +151,9 @@ t.test('a crowd of answers in another case takes one proof', async (t) => {
 })
 
 t.test('closed while an answer in another case is being proven', async (t) => {
-  const peer = await upstream(t, (asked, send) => send(folded(asked)))
-  const asked = new Promise<void>((resolve) => void serveTcp(t, peer.port, (question) => (resolve(), folded(question, '198.51.100.2', replyFlags | 5))))
+  let proving: () => void = () => undefined
+  const asked = new Promise<void>((resolve) => (proving = resolve))
+  const peer = await upstream(t, (question, send) => send(folded(question)), (question) => (proving(), folded(question, '198.51.100.2', replyFlags | 5)))
   const resolver = await createResolver({ upstreams: [peer, await upstream(t, good)], timeoutMs: 1000, tcp: () => true }, () => performance.now())
   const all = Array.from({ length: 8 }, () => askOnce(resolver, query(), end, 'udp'))
   await asked
@@ -238,9 +241,8 @@ t.test('nobody answers: null in time, and a silent upstream is asked last from t
 })
 
 t.test('a truncated answer is asked for over TCP, for clients that can take it', async (t) => {
-  const peer = await upstream(t, (asked, send) => send(answer(asked, '198.51.100.1', replyFlags | 0x0200)))
   let whole: (asked: Buffer) => Buffer = (asked) => answer(asked, '198.51.100.2')
-  await serveTcp(t, peer.port, (asked) => whole(asked))
+  const peer = await upstream(t, (asked, send) => send(answer(asked, '198.51.100.1', replyFlags | 0x0200)), (asked) => whole(asked))
   const resolver = await resolverOf(t, [peer], 1000)
   t.ok((await askOnce(resolver, query(), end, 'tcp'))?.includes(Buffer.of(198, 51, 100, 2)))
   t.equal(((await askOnce(resolver, query(), end, 'udp')) as Buffer)[2]! & 2, 2, 'a UDP client gets the truncation')
