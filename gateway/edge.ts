@@ -4,8 +4,7 @@ import type { NetworkTable } from '#policies/address.ts'
 import type { InFlight } from './in-flight.ts'
 import type { Locator } from './locate.ts'
 import type { Metrics } from './metrics.ts'
-import type { HttpRelay } from './relay-http.ts'
-import type { UpgradeOptions, UpgradeRelay } from './relay-upgrade.ts'
+import type { OpenRelay, Relay, Tunnels } from './relay.ts'
 import type { Renewals } from './renewals.ts'
 import type { RouteTable } from './routes.ts'
 import type { FailureThrottle } from './throttle.ts'
@@ -18,9 +17,9 @@ export type Edge = {
   readonly guard: UpstreamGuard
   readonly throttle: FailureThrottle
   readonly metrics: Metrics
-  readonly upgrades: UpgradeRelay
-  readonly relays: InFlight<HttpRelay>
-  readonly relayOptions: UpgradeOptions
+  readonly openRelay: OpenRelay
+  readonly relays: InFlight<Relay>
+  readonly tunnels: Tunnels
   /** null: nobody is told which sandboxes are used. */
   readonly renewals: Renewals | null
   readonly trustedProxies: NetworkTable

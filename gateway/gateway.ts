@@ -12,7 +12,8 @@ import { asksForWebSocket, finish, handle, handleUpgrade } from './handle.ts'
 import { InFlight } from './in-flight.ts'
 import { Locator } from './locate.ts'
 import { Metrics } from './metrics.ts'
-import type { HttpRelay } from './relay-http.ts'
+import type { Relay, Tunnels } from './relay.ts'
+import { httpRelays } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { peerOf } from './peer.ts'
 import { Renewals } from './renewals.ts'
@@ -57,7 +58,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   const guard = new UpstreamGuard(config.allowLoopbackUpstreams)
   // Loopback and own addresses may be shared by many sandboxes; any other address belongs to the last one that reported it.
   const table = new RouteTable((host) => config.provider === 'server' && !guard.isOwn(host))
-  const relays = new InFlight<HttpRelay>()
+  const relays = new InFlight<Relay>()
   const relayOptions: UpgradeOptions = {
     connectTimeout: config.connectTimeout,
     firstByteTimeout: config.firstByteTimeout,
@@ -72,17 +73,17 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   }
   let draining = false
   let connections = 0
-  const upgrades = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit), (sandbox) => table.tiesOf(sandbox))
-  const metrics = new Metrics({ routes: () => table.size, tunnels: () => upgrades.size, connections: () => connections, active: () => relays.size })
+  const tunnels: Tunnels = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit), (sandbox) => table.tiesOf(sandbox))
+  const metrics = new Metrics({ routes: () => table.size, tunnels: () => tunnels.size, connections: () => connections, active: () => relays.size })
   const edge: Edge = {
     table,
     locator: new Locator({ mode: config.mode, baseDomain: config.baseDomain.toLowerCase() }, table),
     guard,
     throttle: new FailureThrottle(config.authFailuresPerMinute),
     metrics,
-    upgrades,
+    openRelay: httpRelays(table, relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, draining), relays, () => draining),
     relays,
-    relayOptions,
+    tunnels,
     renewals: deps.renewals === null || config.renewInterval === 0 ? null : new Renewals({ interval: config.renewInterval, ...deps.renewals }),
     trustedProxies: networks(config.trustedProxies),
     keys: deps.keys,
@@ -138,11 +139,11 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
       draining = true
       const closed = new Promise<void>((resolve) => server.close(() => resolve()))
       server.closeIdleConnections()
-      upgrades.leave()
+      tunnels.leave()
       await provider.close()
       await edge.renewals?.close(performance.now())
-      await Promise.race([settled(closed, relays, upgrades), delay(config.drainTimeout)])
-      upgrades.destroy()
+      await Promise.race([settled(closed, relays, tunnels), delay(config.drainTimeout)])
+      tunnels.destroy()
       server.closeAllConnections()
       table.endAll()
       for (const timer of timers) clearInterval(timer)
@@ -155,7 +156,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
 function sweep(edge: Edge): void {
   const now = performance.now()
   for (const relay of edge.relays.all()) relay.checkTimes(now)
-  edge.upgrades.checkTimes(now)
+  edge.tunnels.checkTimes(now)
   edge.table.sweep(now)
   if (edge.renewals === null) return
   for (const sandbox of edge.table.inUse()) edge.renewals.used(sandbox.entry)
@@ -175,9 +176,9 @@ function listenOn(server: Server, config: GatewayConfig): Promise<number> {
 }
 
 /** All connections closed, which upgraded ones do not count towards. */
-async function settled(closed: Promise<void>, relays: InFlight<HttpRelay>, upgrades: UpgradeRelay): Promise<void> {
+async function settled(closed: Promise<void>, relays: InFlight<Relay>, tunnels: Tunnels): Promise<void> {
   await closed
-  while (relays.size > 0 || upgrades.size > 0) await delay(20)
+  while (relays.size > 0 || tunnels.size > 0) await delay(20)
 }
 
 /** Connections beyond the limit that still get their 503. */

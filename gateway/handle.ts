@@ -7,15 +7,14 @@ import { admit } from './admit.ts'
 import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
-import { HttpRelay } from './relay-http.ts'
+import type { Relay } from './relay.ts'
 import { refuse } from './respond.ts'
 import type { Sandbox } from './routes.ts'
-import { upstreamOf } from './upstream.ts'
 import { accessLine, Visit } from './visit.ts'
 
 const visitKey = Symbol('visit')
 const relayKey = Symbol('relay')
-type Answer = ServerResponse & { [visitKey]?: Visit; [relayKey]?: HttpRelay; edge?: Edge }
+type Answer = ServerResponse & { [visitKey]?: Visit; [relayKey]?: Relay; edge?: Edge }
 
 export function handle(edge: Edge, request: IncomingMessage, response: ServerResponse, awaitsContinue: boolean): void {
   // 1. Read the head once, and open the record of this request.
@@ -43,10 +42,9 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   // 4. Tell the sandbox who asks, and relay.
   const sandbox = visit.sandbox as Sandbox
   if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
-  const upstream = upstreamOf(sandbox, edge.table.tiesOf(sandbox), visit.port, edge.relayOptions)
-  if (upstream === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
-  const relay = new HttpRelay(visit, upstream, edge.relayOptions, onRefusal, edge.relays, edge.draining)
+  const relay = edge.openRelay(visit, sandbox)
+  if (relay === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   answer[relayKey] = relay
   relay.send()
 }
@@ -60,7 +58,7 @@ export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Sock
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   const sandbox = visit.sandbox as Sandbox
   if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
-  edge.upgrades.relay(visit, sandbox, socket, early)
+  edge.tunnels.relay(visit, sandbox, socket, early)
 }
 
 /** Is it a request to become a WebSocket? Token lists, any spelling (RFC 9110 §7.8, RFC 6455 §4.2.1). */
@@ -99,11 +97,6 @@ function answersItself(visit: Visit, url: string): boolean {
   response.writeHead(200, health ? ['content-type', 'text/plain; charset=utf-8', 'content-length', '2'] : ['content-length', '0'])
   response.end(health && visit.request.method !== 'HEAD' ? 'OK' : undefined)
   return true
-}
-
-function onRefusal(visit: Visit, fault: Fault): void {
-  const edge = (visit.response as Answer | null)?.edge
-  refuse(visit, fault.code, fault.detail, edge?.draining() ?? true)
 }
 
 export function endUpgrade(edge: Edge, visit: Visit, fault: Fault): void {

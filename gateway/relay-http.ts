@@ -2,15 +2,26 @@
 import type { ServerResponse } from 'node:http'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
-import { prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
+import { hostName, prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
 import { RequestBody, type Exchange } from './request-body.ts'
-import type { InFlight, Placed } from './in-flight.ts'
+import type { InFlight } from './in-flight.ts'
+import type { OpenRelay, Refusal, Relay } from './relay.ts'
 import { breakOff } from './respond.ts'
-import type { Dispatcher, Handler, RelayOptions, Upstream, Wire } from './upstream.ts'
+import type { RouteTable } from './routes.ts'
+import { upstreamOf, type Dispatcher, type Handler, type RelayOptions, type Upstream, type Wire } from './upstream.ts'
 import type { Visit } from './visit.ts'
 
-/** How the relay tells that a request ended without a response of the sandbox. */
-export type Refusal = (visit: Visit, fault: Fault) => void
+/**
+ * Relays over undici.
+ * @param active where the relays under way are kept
+ * @param draining does the gateway shut down, so that client connections should end?
+ */
+export function httpRelays(table: RouteTable, options: RelayOptions, refuse: Refusal, active: InFlight<Relay>, draining: () => boolean): OpenRelay {
+  return (visit, sandbox) => {
+    const upstream = upstreamOf(sandbox, table.tiesOf(sandbox), visit.port, options)
+    return upstream === null ? null : new HttpRelay(visit, upstream, options, refuse, active, draining)
+  }
+}
 
 /** Methods whose requests may be sent twice without harm. RFC 9110 §9.2.1. */
 const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
@@ -18,7 +29,7 @@ const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
 const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
 
 /** One exchange. Also undici's handler of it, so that a request costs one object here. */
-export class HttpRelay implements Handler, Placed, Exchange {
+class HttpRelay implements Relay, Handler, Exchange {
   place = 0
   wire: Wire | null = null
   reset = false
@@ -27,7 +38,7 @@ export class HttpRelay implements Handler, Placed, Exchange {
   readonly #upstream: Upstream
   readonly #options: RelayOptions
   readonly #refuse: Refusal
-  readonly #active: InFlight<HttpRelay>
+  readonly #active: InFlight<Relay>
   #controller: Dispatcher.DispatchController | null = null
   #body: RequestBody | null = null
   #answered = false
@@ -43,7 +54,7 @@ export class HttpRelay implements Handler, Placed, Exchange {
   #onDrain: (() => void) | null = null
   readonly draining: () => boolean
 
-  constructor(visit: Visit, upstream: Upstream, options: RelayOptions, refuse: Refusal, active: InFlight<HttpRelay>, draining: () => boolean) {
+  constructor(visit: Visit, upstream: Upstream, options: RelayOptions, refuse: Refusal, active: InFlight<Relay>, draining: () => boolean) {
     this.#visit = visit
     this.#upstream = upstream
     this.#options = options
@@ -55,7 +66,6 @@ export class HttpRelay implements Handler, Placed, Exchange {
     active.add(this)
   }
 
-  /** Sends the request. The visit's head holds only what the sandbox may see. */
   send(): void {
     const { request, head } = this.#visit
     const method = request.method as string
@@ -75,7 +85,6 @@ export class HttpRelay implements Handler, Placed, Exchange {
     this.#upstream.dispatch(options, this, this.lastByteAt)
   }
 
-  /** The client is gone, or its response is complete. */
   clientClosed(): void {
     if (this.#over) return
     this.#end()
@@ -87,7 +96,6 @@ export class HttpRelay implements Handler, Placed, Exchange {
     if (this.wire !== null && this.wire.socket !== null) this.wire.socket.trailers = lines
   }
 
-  /** Called about once a second. @param now ms since the process started */
   checkTimes(now: number): void {
     const { firstByteTimeout, idleTimeout } = this.#options
     const quiet = now - this.lastByteAt
@@ -268,13 +276,6 @@ function writeAtOnce(response: ServerResponse, piece: Buffer | string): boolean 
 
 function flushHead(relay: HttpRelay): void {
   relay.flushHead()
-}
-
-/** Without the port, lower-case; '' when there is no Host. */
-export function hostName(host: string | undefined): string {
-  if (host === undefined) return ''
-  const colon = host.lastIndexOf(':')
-  return (colon > host.lastIndexOf(']') ? host.slice(0, colon) : host).toLowerCase()
 }
 
 function dropField(out: string[], name: string, when: boolean): void {

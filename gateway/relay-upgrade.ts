@@ -8,7 +8,7 @@ import type { Socket } from 'node:net'
 import httpProxy from 'http-proxy-3'
 import { Fault, toFault } from '#policies/fault.ts'
 import { ClientStream } from './client-stream.ts'
-import type { Refusal } from './relay-http.ts'
+import type { Refusal, Tunnels } from './relay.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
 import { answerFields, headText, upgradeFields } from './upgrade-heads.ts'
 import type { RelayOptions } from './upstream.ts'
@@ -21,8 +21,8 @@ export type UpgradeOptions = RelayOptions & {
   readonly maxMessage: number
 }
 
-/** All tunnels of one gateway. */
-export class UpgradeRelay {
+/** All tunnels of one gateway. Refusals of a sandbox are relayed as they are. */
+export class UpgradeRelay implements Tunnels {
   readonly #options: UpgradeOptions
   readonly #refuse: Refusal
   readonly #done: (visit: Visit) => void
@@ -48,11 +48,6 @@ export class UpgradeRelay {
     return this.#tunnels.size
   }
 
-  /**
-   * Dials the sandbox and joins the two connections. Refusals of the sandbox are relayed as they are.
-   * @param socket the client's, taken over from node:http
-   * @param early bytes the client sent behind its head
-   */
   relay(visit: Visit, sandbox: Sandbox, socket: Socket, early: Buffer): void {
     const open = this.#perClient.get(visit.client) ?? 0
     const { tunnels } = this.#tiesOf(sandbox)
@@ -77,7 +72,6 @@ export class UpgradeRelay {
     tunnel.client.takeEarly(early)
   }
 
-  /** Says 1001 to every client, between frames. */
   leave(): void {
     for (const tunnel of this.#tunnels) tunnel.leave()
   }
@@ -86,7 +80,6 @@ export class UpgradeRelay {
     for (const tunnel of this.#tunnels) tunnel.destroy(new Error('shut down'))
   }
 
-  /** Called about once a second. */
   checkTimes(now: number): void {
     for (const tunnel of this.#tunnels) tunnel.checkTimes(now)
   }

@@ -33,6 +33,13 @@ function rewriteField(name: string, value: string, rewrite: ((name: string, valu
   return rewrite !== null && (name === 'location' || name === 'refresh' || name === 'content-location') ? rewrite(name, value) : value
 }
 
+/** The host a client named, for the cookies of the answer: without the port, lower-case; '' when there is no Host. */
+export function hostName(host: string | undefined): string {
+  if (host === undefined) return ''
+  const colon = host.lastIndexOf(':')
+  return (colon > host.lastIndexOf(']') ? host.slice(0, colon) : host).toLowerCase()
+}
+
 /** Takes a Domain that is not the sandbox's own host off a cookie: with it, one sandbox could set cookies for its neighbours. */
 export function narrowCookie(cookie: string, ownHost: string): string {
   if (!cookie.includes(';')) return cookie

@@ -1,8 +1,7 @@
 /** The heads of both sides of an upgrade, as this gateway sends them: http-proxy-3 would merge repeated fields. */
 import type { IncomingMessage } from 'node:http'
 import { connectionOptions } from './headers.ts'
-import { hostName } from './relay-http.ts'
-import { narrowCookie, prefixRewriter } from './response-headers.ts'
+import { hostName, narrowCookie, prefixRewriter } from './response-headers.ts'
 import type { Visit } from './visit.ts'
 
 /**

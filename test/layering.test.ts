@@ -42,6 +42,13 @@ const nodeImporters: Record<string, readonly string[]> = {
   'node:cluster': ['gateway/workers.ts', 'gateway/fleet.ts', 'gateway/main.ts'],
 }
 
+/** Files behind a door: the engines, and whoever chooses them. */
+const ownImporters: Readonly<Record<string, readonly string[]>> = {
+  'gateway/relay-http.ts': ['gateway/gateway.ts'],
+  'gateway/relay-upgrade.ts': ['gateway/gateway.ts'],
+  'gateway/upstream.ts': ['gateway/relay-http.ts', 'gateway/relay-upgrade.ts'],
+}
+
 const files = sourceFiles(top, Object.keys(arrows))
 const imports = files.flatMap((file) => readImports(top, file))
 const folderOf = (file: string): string => file.split('/', 1)[0]!
@@ -67,6 +74,12 @@ t.test('a package is imported where its table says', async (t) => {
   const foreign = imports.filter(({ target, own }) => !own && !target.startsWith('node:'))
   t.strictSame(foreign.filter(({ file, target }) => !mayImport(importers[target] ?? [], file)).map(say), [])
   t.ok(foreign.some(({ target }) => target === 'dockerode'), 'and the table is not empty talk')
+})
+
+t.test('so is a file of ours behind a door', async (t) => {
+  const guarded = imports.filter(({ target }) => target in ownImporters)
+  t.strictSame(guarded.filter(({ file, target }) => !ownImporters[target]!.includes(file)).map(say), [])
+  t.strictSame([...new Set(guarded.map(({ target }) => target))].sort(), Object.keys(ownImporters).sort(), 'and every door is used')
 })
 
 t.test('so are the modules of Node that start programs or keep data', async (t) => {
