@@ -1,28 +1,27 @@
 /** Wires the gateway's parts: one listener, one route table, one provider, one clock that looks for silence. */
 import { randomBytes } from 'node:crypto'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
-import type { AddressInfo, Socket } from 'node:net'
+import type { AddressInfo, DropArgument, Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
 import type { Renewals as RenewalReport } from '#policies/wire.ts'
 import type { GatewayConfig } from './config.ts'
 import type { Edge } from './edge.ts'
-import { asksForWebSocket, finish, handle, handleUpgrade } from './handle.ts'
+import { asksForWebSocket, finish, handle, handleUpgrade, refuseConnect } from './handle.ts'
 import { InFlight } from './in-flight.ts'
 import { Locator } from './locate.ts'
+import { answerClientError, noteDropped, sentTooFarAhead } from './malformed.ts'
 import { Metrics } from './metrics.ts'
 import type { Relay, Tunnels } from './relay.ts'
 import { httpRelays } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
-import { peerOf } from './peer.ts'
 import { Renewals } from './renewals.ts'
 import { refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
 import { VerifiedMemory } from './verified.ts'
-import { malformedLine } from './visit.ts'
 
 /** Where routes come from. `start` resolves once the table may be served. */
 export interface Provider {
@@ -114,7 +113,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   server.on('checkContinue', (request: IncomingMessage, response: ServerResponse) => sentTooFarAhead(edge, request) || handle(edge, request, response, true))
   server.on('checkExpectation', (request: IncomingMessage, response: ServerResponse) => sentTooFarAhead(edge, request) || handle(edge, request, response, true))
   server.on('upgrade', (request: IncomingMessage, socket: Socket, early: Buffer) => handleUpgrade(edge, request, socket, early))
-  server.on('connect', (_request: IncomingMessage, socket: Socket) => answerRaw(socket, 405, 'OpenSandbox Ingress: CONNECT is not supported\n'))
+  server.on('connect', (request: IncomingMessage, socket: Socket) => refuseConnect(edge, request, socket))
   server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(edge, error, socket))
   server.on('connection', (socket: Socket) => {
     connections++
@@ -122,6 +121,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   })
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
   server.maxConnections = config.maxConnections + refusalMargin(config.maxConnections)
+  server.on('drop', (dropped?: DropArgument) => noteDropped(edge, dropped?.remoteAddress))
 
   const provider = deps.provider(table)
   const timers = [setInterval(() => sweep(edge), sweepMs), setInterval(() => guard.refresh(), guardRefreshMs)]
@@ -204,51 +204,4 @@ function requestIds(): () => string {
   const prefix = randomBytes(6).toString('hex')
   let counter = 0
   return () => `${prefix}-${(counter++).toString(36)}`
-}
-
-/** Requests of one connection that may wait for their answers. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */
-const mostSentAhead = 64
-
-/**
- * node:http reads on while requests wait, and stops seeing the client go: one connection could fill all places of a sandbox's port, and
- * keep them after it left. Beyond the limit the connection ends, and its requests with it.
- */
-function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolean {
-  const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open < mostSentAhead) return false
-  if (!socket.destroyed) {
-    edge.metrics.malformed('EDGE_OVERLOADED')
-    edge.access?.(malformedLine(peer.address, 0, 'EDGE_OVERLOADED', Date.now()))
-    socket.destroy()
-  }
-  return true
-}
-
-/** What node:http could not read as a request. The connection ends: where the next request would begin is unknown. */
-function answerClientError(edge: Edge, error: NodeJS.ErrnoException, socket: Socket): void {
-  if (error.code === 'ECONNRESET' || !socket.writable) {
-    socket.destroy()
-    return
-  }
-  // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it.
-  const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open > 0) {
-    socket.destroy()
-    return
-  }
-  const tooLarge = error.code === 'HPE_HEADER_OVERFLOW'
-  const [status, text] = tooLarge ? [431, 'the header section is too large'] : error.code === 'ERR_HTTP_REQUEST_TIMEOUT' ? [408, 'the request did not arrive in time'] : [400, 'the request is malformed']
-  const code = tooLarge ? 'EDGE_HEADERS_TOO_LARGE' : 'EDGE_BAD_REQUEST'
-  edge.metrics.malformed(code)
-  edge.access?.(malformedLine(peer.address, status, code, Date.now()))
-  answerRaw(socket, status, `OpenSandbox Ingress: ${text}\n`)
-}
-
-const reasons: Readonly<Record<number, string>> = { 400: 'Bad Request', 405: 'Method Not Allowed', 408: 'Request Timeout', 431: 'Request Header Fields Too Large' }
-
-function answerRaw(socket: Socket, status: number, body: string): void {
-  socket.on('error', () => socket.destroy())
-  socket.end(`HTTP/1.1 ${status} ${reasons[status]}\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`)
-  // Nobody reads on: a client that keeps sending must not keep the connection.
-  socket.once('finish', () => socket.destroySoon())
 }

@@ -51,14 +51,20 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
 
 /** The same for an upgrade. Only WebSocket comes here; the server leaves other protocols to `handle` as ordinary requests. */
 export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Socket, early: Buffer): void {
-  const visit = begin(edge, request, null)
-  socket.on('error', () => socket.destroy())
+  const visit = beginRaw(edge, request, socket)
+  if (visit === null) return
   const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   const sandbox = visit.sandbox as Sandbox
   if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
   edge.tunnels.relay(visit, sandbox, socket, early)
+}
+
+/** CONNECT would be a tunnel to anywhere (RFC 9110 §9.3.6). */
+export function refuseConnect(edge: Edge, request: IncomingMessage, socket: Socket): void {
+  const visit = beginRaw(edge, request, socket)
+  if (visit !== null) endUpgrade(edge, visit, new Fault('EDGE_METHOD_NOT_ALLOWED', 'CONNECT is not supported'))
 }
 
 /** Is it a request to become a WebSocket? Token lists, any spelling (RFC 9110 §7.8, RFC 6455 §4.2.1). */
@@ -75,6 +81,20 @@ function begin(edge: Edge, request: IncomingMessage, response: ServerResponse | 
   visit.client = clientOf(peer, head.forwardedFor, edge.trustedProxies)
   visit.requestId = head.requestId !== undefined && saneRequestId(head.requestId) ? head.requestId : edge.nextRequestId()
   return visit
+}
+
+/**
+ * The same for a request that node:http hands over with its bare socket. It does so also while earlier requests of the connection wait for
+ * their answers, which ours would be taken for: null, and the connection ends.
+ */
+function beginRaw(edge: Edge, request: IncomingMessage, socket: Socket): Visit | null {
+  const visit = begin(edge, request, null)
+  socket.on('error', () => socket.destroy())
+  if (visit.peer.open === 0 && !visit.peer.closing) return visit
+  visit.code = 'EDGE_BAD_REQUEST'
+  finish(edge, visit)
+  socket.destroy()
+  return null
 }
 
 const longestRequestId = 128
@@ -99,7 +119,7 @@ function answersItself(visit: Visit, url: string): boolean {
   return true
 }
 
-export function endUpgrade(edge: Edge, visit: Visit, fault: Fault): void {
+function endUpgrade(edge: Edge, visit: Visit, fault: Fault): void {
   refuse(visit, fault.code, fault.detail, true)
   finish(edge, visit)
 }

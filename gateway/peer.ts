@@ -23,9 +23,13 @@ export function peerOf(socket: KnownSocket, trusted: NetworkTable): Peer {
 }
 
 function readPeer(socket: Socket, trusted: NetworkTable): Peer {
-  const remote = socket.remoteAddress ?? ''
-  const address = remote.startsWith('::ffff:') && remote.includes('.') ? remote.slice(7) : remote
+  const address = plainAddress(socket.remoteAddress ?? '')
   return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: 0 }
+}
+
+/** IPv4 as it is written everywhere else, where a dual-stack listener says it the IPv6 way. */
+export function plainAddress(address: string): string {
+  return address.startsWith('::ffff:') && address.includes('.') ? address.slice(7) : address
 }
 
 /** The client a chain of trusted proxies speaks for: the last address in X-Forwarded-For that is not a proxy of ours. */

@@ -67,6 +67,8 @@ function refuseUpgrade(visit: Visit, code: FaultCode, detail: string): void {
 function faultHeaders(visit: Visit, code: FaultCode, type: string, body: string): string[] {
   const headers = ['content-type', type, 'content-length', String(Buffer.byteLength(body)), 'x-content-type-options', 'nosniff', 'cache-control', 'no-store']
   if (visit.requestId !== '') headers.push('x-request-id', visit.requestId)
+  // A 405 has to name some (RFC 9110 §15.5.6).
+  if (code === 'EDGE_METHOD_NOT_ALLOWED') headers.push('allow', 'GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS')
   const wait = retryAfter[code]
   if (wait !== undefined) headers.push('retry-after', wait)
   return headers

@@ -10,7 +10,7 @@ import { headerNames, labels, sandboxStates } from '#policies/wire.ts'
 t.test('faults', async (t) => {
   for (const [code, row] of Object.entries(faults)) {
     t.match(`${row.text} ${row.next}`, /\w+ \w+/, `${code} says what is wrong and what to do next`)
-    t.equal(row.status < 500, row.blame === 'client' || (row.blame === 'policy' && row.status === 403), `${code}: 4xx blames the client or its policy`)
+    t.equal(row.status < 500, row.blame === 'client', `${code}: 4xx blames the client`)
   }
   const rows: [thrown: unknown, code: string][] = [
     [{ code: 'ECONNREFUSED' }, 'EDGE_UPSTREAM_REFUSED'], [{ code: 'UND_ERR_HEADERS_TIMEOUT' }, 'EDGE_UPSTREAM_TIMEOUT'], [{ code: 'HPE_INVALID_CONSTANT' }, 'EDGE_UPSTREAM_BROKEN'], [{ code: 'EMFILE' }, 'EDGE_OVERLOADED'],

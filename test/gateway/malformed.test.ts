@@ -1,0 +1,87 @@
+/** What never becomes a request still gets an answer that fits, a line in the access log and a place in the counters. */
+import t from 'tap'
+import { bodyOf, eventually, RawClient, startGateway, startHttp, startRaw, statusOf, type TestGateway } from './support.ts'
+
+type Line = Record<string, string | number>
+const linesOf = ({ lines }: TestGateway): Line[] => lines.map((line) => JSON.parse(line) as Line)
+const refusedOf = async ({ gateway }: TestGateway, code: string): Promise<number> =>
+  Number(new RegExp(`sallyport_gateway_refused_count\\{code="${code}"\\} (\\d+)`).exec(await gateway.metrics.registry.metrics())?.[1] ?? 0)
+
+const unreadable: [why: string, raw: string, status: number, code: string, text: string][] = [
+  ['no HTTP at all', 'hello\r\n\r\n', 400, 'EDGE_BAD_REQUEST', 'the request is malformed'],
+  ['a head beyond --max-header-bytes', `GET / HTTP/1.1\r\nhost: x\r\na: ${'a'.repeat(20_000)}\r\n\r\n`, 431, 'EDGE_HEADERS_TOO_LARGE', 'the header section is too large'],
+]
+
+t.test('bytes that are no request are answered once, counted and logged', async (t) => {
+  await using gateway = await startGateway([], { maxHeaderBytes: 8_192 })
+  for (const [why, raw, status, code, text] of unreadable) {
+    const before = await refusedOf(gateway, code)
+    const client = new RawClient(gateway.port).send(raw)
+    const answer = await client.untilClosed()
+    client.close()
+    t.equal(statusOf(answer), status, why)
+    t.equal(bodyOf(answer), `OpenSandbox Ingress: ${text}\n`, why)
+    t.match(answer.toLowerCase(), /\r\nx-content-type-options: nosniff\r\n/, why)
+    t.match(answer.toLowerCase(), /\r\nconnection: close\r\n/, why)
+    t.equal(await refusedOf(gateway, code), before + 1, `${why}: counted`)
+    t.match(linesOf(gateway).at(-1), { msg: 'malformed', client: '127.0.0.1', status, code }, `${why}: logged`)
+  }
+})
+
+const connectAnswers: [accept: string, type: string, told: RegExp][] = [
+  ['*/*', 'text/plain; charset=utf-8', /^OpenSandbox Ingress: CONNECT is not supported\n$/],
+  ['application/json', 'application/json', /^\{"code":"EDGE_METHOD_NOT_ALLOWED","message":"CONNECT is not supported","next":"[^"]+","request_id":"[^"]+"\}\n$/],
+  ['text/html', 'text/html; charset=utf-8', /<code>EDGE_METHOD_NOT_ALLOWED<\/code>/],
+]
+
+t.test('CONNECT reaches nobody and is refused in the words the client asks for', async (t) => {
+  let reached = 0
+  await using target = await startRaw(() => reached++)
+  await using gateway = await startGateway([{ id: 'a' }])
+  for (const [accept, type, told] of connectAnswers) {
+    const client = new RawClient(gateway.port).send(`CONNECT a-${target.port}.gw.test:80 HTTP/1.1\r\nhost: 127.0.0.1:${target.port}\r\naccept: ${accept}\r\n\r\nGET / HTTP/1.1\r\nhost: a-${target.port}\r\n\r\n`)
+    const answer = await client.untilClosed()
+    client.close()
+    t.equal(statusOf(answer), 405, accept)
+    t.match(answer, new RegExp(`\r\ncontent-type: ${type.replaceAll('/', '\\/')}\r\n`), accept)
+    t.match(answer, /\r\nallow: GET, /, 'a 405 names what it allows')
+    t.match(bodyOf(answer), told, accept)
+    t.equal(answer.split('HTTP/1.1 ').length, 2, 'bytes behind it are not answered')
+    t.match(linesOf(gateway).at(-1), { msg: 'request', method: 'CONNECT', status: 405, code: 'EDGE_METHOD_NOT_ALLOWED' })
+  }
+  t.equal(await refusedOf(gateway, 'EDGE_METHOD_NOT_ALLOWED'), connectAnswers.length)
+  t.equal(reached, 0)
+})
+
+const handedOver: [what: string, request: (port: number) => string][] = [
+  ['an upgrade', (port) => `GET /second HTTP/1.1\r\nhost: a-${port}\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n`],
+  ['a CONNECT', (port) => `CONNECT a-${port}:80 HTTP/1.1\r\nhost: a-${port}\r\n\r\n`],
+]
+
+t.test('a request that takes the connection over never overtakes an answer', async (t) => {
+  for (const [what, request] of handedOver) {
+    const seen: string[] = []
+    await using upstream = await startHttp((asked, response) => void (seen.push(asked.url as string), setTimeout(() => response.end('first'), 100)))
+    await using gateway = await startGateway([{ id: 'a' }])
+    const client = new RawClient(gateway.port).send(`GET /first HTTP/1.1\r\nhost: a-${upstream.port}\r\n\r\n`)
+    await eventually(() => seen.length === 1, 'the first request arrives')
+    client.send(request(upstream.port))
+    await client.untilClosed()
+    client.close()
+    t.equal(client.received, '', `${what} behind an unanswered request: the connection ends, and nothing is taken for the first answer`)
+    t.same(seen, ['/first'], what)
+    await eventually(() => linesOf(gateway).length === 2, 'both are logged')
+    t.ok(linesOf(gateway).some(({ code }) => code === 'EDGE_BAD_REQUEST'), what)
+  }
+})
+
+t.test('connections too many even for a 503 are counted and logged', async (t) => {
+  await using gateway = await startGateway([], { maxConnections: 1 })
+  const clients = Array.from({ length: 24 }, () => new RawClient(gateway.port))
+  await eventually(() => clients.some(({ closed, ended }) => closed || ended), 'some are closed')
+  // One served, sixteen to be refused with words, the others closed at once.
+  await eventually(() => clients.filter(({ closed, ended }) => closed || ended).length === 7, 'seven are closed')
+  t.equal(await refusedOf(gateway, 'EDGE_OVERLOADED'), 7)
+  t.equal(linesOf(gateway).filter(({ msg, code, client, status }) => msg === 'malformed' && code === 'EDGE_OVERLOADED' && client === '127.0.0.1' && status === 0).length, 7)
+  for (const client of clients) client.close()
+})
