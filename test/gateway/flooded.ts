@@ -32,5 +32,5 @@ async function held(): Promise<Held> {
   const { heapUsed, heapTotal, external, rss } = process.memoryUsage()
   const text = await gateway.metrics.registry.metrics()
   const gauge = (name: string): number => Number(new RegExp(`^${name} (\\d+)$`, 'm').exec(text)?.[1])
-  return { heap: heapUsed + external, resident: rss - heapTotal, connections: gauge('sallyport_gateway_client_connections'), active: gauge('sallyport_gateway_requests_in_flight'), tunnels: gauge('ingress_proxy_websocket_connections') }
+  return { heap: heapUsed + external, resident: rss - heapTotal, connections: gauge('sallyport_gateway_client_connections'), active: gauge('sallyport_gateway_requests_in_flight'), tunnels: gauge('sallyport_gateway_upgraded_connections') }
 }

@@ -175,7 +175,7 @@ t.test('metrics count without naming sandboxes', async (t) => {
   const text = await gateway.gateway.metrics.registry.metrics()
   t.match(text, /ingress_http_request_count\{method="GET",status_code="200",proxy_type="http"\} 1/)
   t.match(text, /ingress_routing_resolutions_count\{result="not_found"\} 1/)
-  t.match(text, /ingress_http_request_duration_seconds_count\{proxy_type="http"\} 2/)
+  t.match(text, /ingress_http_request_duration_seconds_count\{method="GET",proxy_type="http"\} 2/)
   t.match(text, /sallyport_gateway_refused_count\{code="EDGE_NO_ROUTE"\} 1/)
   t.notMatch(text, /very-secret-id|nobody/)
 })

@@ -142,7 +142,7 @@ t.test('two workers share the port, and are one gateway to who asks the admin li
   await eventually(() => pids().length === 2, 'both', 15_000)
   await readyEventually(/^OK$/)
   await refuse(40)
-  t.same(await missing(refused(40), 'sallyport_gateway_workers 2', 'sallyport_gateway_routes 1', 'ingress_http_request_duration_seconds_count{proxy_type="http"} 40', '# TYPE ingress_http_request_duration_seconds histogram'), [], 'the kernel spread them, and they are counted together')
+  t.same(await missing(refused(40), 'sallyport_gateway_workers 2', 'sallyport_gateway_routes 1', 'ingress_http_request_duration_seconds_count{method="GET",proxy_type="http"} 40', '# TYPE ingress_http_request_duration_seconds histogram'), [], 'the kernel spread them, and they are counted together')
   process.kill(pids()[0] as number, 'SIGSTOP')
   await readyEventually(/^1 of 2 workers ready/)
   t.same(await missing(refused(40), 'sallyport_gateway_workers 1'), [], 'and what it said last counts')
