@@ -75,7 +75,7 @@ export function parseUriPath(rawPath: string): PathRoute | BadRoute {
   if (id === null || portText === null) return badRoute('invalid URI path format: sandbox-id and sandbox-port must not hold an encoded slash or a broken escape')
   if (id === '' || portText === '') return badRoute('missing sandbox-id or sandbox-port in URI path')
   const port = parsePort(portText)
-  if (port === 0) return badRoute(`invalid port format: invalid port "${shorten(portText)}"`)
+  if (port === 0) return badRoute(`invalid port format: ${/^0\d+$/.test(portText) ? 'port must not have leading zeros' : `invalid port "${shorten(portText)}"`}`)
 
   const restFrom = (n: number): string => (cuts[n] === undefined ? '/' : rawPath.slice(cuts[n] - 1))
   const legacyRest = restFrom(2)

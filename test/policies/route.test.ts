@@ -88,6 +88,19 @@ t.test('ports, expiries, signatures', async (t) => {
   t.equal(isSignature('aabbccdg0'), false)
 })
 
+t.test('why a route is bad, in the words of the original', async (t) => {
+  const byHost: [text: string, detail: string][] = [
+    ['invalidhost', 'invalid host: invalidhost'], ['-80.gw', 'invalid host: -80.gw'], ['a-b', 'invalid port format: invalid port "b"'], ['a-0', 'invalid port format: invalid port "0"'],
+  ]
+  const byPath: [text: string, detail: string][] = [
+    ['/', "invalid URI path format: expected '/<sandbox-id>/<sandbox-port>/<path-to-request>', got: /"], ['/a/', 'missing sandbox-id or sandbox-port in URI path'],
+    ['//80/', 'missing sandbox-id or sandbox-port in URI path'], ['/a/080', 'invalid port format: port must not have leading zeros'], ['/a/00', 'invalid port format: port must not have leading zeros'],
+    ['/a/0', 'invalid port format: invalid port "0"'], ['/a/80x', 'invalid port format: invalid port "80x"'], ['/a/65536', 'invalid port format: invalid port "65536"'],
+  ]
+  for (const [text, detail] of byHost) t.match(parseHostToken(text), { ok: false, detail: `invalid ingress route: ${detail}` }, text)
+  for (const [text, detail] of byPath) t.match(parseUriPath(text), { ok: false, detail: `invalid ingress route: ${detail}` }, text)
+})
+
 t.test('endpoints', async (t) => {
   const route = { id: 'sb', port: 80 }
   const signed = { ...route, expires: 'x2qxvk', signature: 'aabbccddk' }
