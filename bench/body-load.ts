@@ -1,4 +1,4 @@
-/** Large answers over kept connections, one request at a time on each: every byte is counted, none is looked at. */
+/** Large bodies over kept connections, one request at a time on each, down or up: every byte is counted, none is looked at. */
 import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import { cpuSeconds, type Program } from './program.ts'
@@ -9,7 +9,7 @@ export type BodyLoad = {
   readonly port: number
   readonly path: string
   readonly headers: readonly string[]
-  /** Bytes that every answer must have. */
+  /** Bytes of every body. */
   readonly size: number
   readonly connections: number
   readonly seconds: number
@@ -23,22 +23,42 @@ const mebibyte = 1024 * 1024
 const patience = 30_000
 
 /**
- * Counts bytes for `seconds`, of whole answers or not, from the moment when every connection has some. Answers under way then are read to their end, uncounted.
+ * Counts bytes of answers for `seconds`, whole or not, from the moment when every connection has some. Answers under way then are read to their end, uncounted.
  * @returns cpu (ms a GiB), throughput (MiB/s) @throws Error when an answer is not a 200 of the wanted length, breaks off or gets stuck
  */
-export async function drain(load: BodyLoad): Promise<Sample> {
-  const drains = Array.from({ length: load.connections }, () => new Drain(load))
-  const received = (): number => drains.reduce((sum, one) => sum + one.bytes, 0)
-  const failed = Promise.race(drains.map((one) => one.failed))
+export function drain(load: BodyLoad): Promise<Sample> {
+  return count(load, () => new Drain(load))
+}
+
+/** The same for what is sent: bytes count when the kernel has taken them. Uploads of an announced length; each must be answered with 200. */
+export function pour(load: BodyLoad): Promise<Sample> {
+  return count(load, () => new Pour(load))
+}
+
+interface Flow {
+  readonly bytes: number
+  /** Rejects when something is wrong. */
+  readonly failed: Promise<never>
+  /** Resolves when the first body has begun. */
+  open(port: number): Promise<void>
+  /** Resolves when the exchange under way is whole. */
+  finish(): Promise<void>
+  close(): void
+}
+
+async function count(load: BodyLoad, make: () => Flow): Promise<Sample> {
+  const flows = Array.from({ length: load.connections }, make)
+  const total = (): number => flows.reduce((sum, one) => sum + one.bytes, 0)
+  const failed = Promise.race(flows.map((one) => one.failed))
   try {
-    await Promise.race([failed, within(Promise.all(drains.map((one) => one.open(load.port))))])
-    const [bytes, cpu, begin] = [received(), cpuSeconds(load.proxy.pid), performance.now()]
+    await Promise.race([failed, within(Promise.all(flows.map((one) => one.open(load.port))))])
+    const [bytes, cpu, begin] = [total(), cpuSeconds(load.proxy.pid), performance.now()]
     await Promise.race([failed, delay(load.seconds * 1000)])
-    const [moved, used, seconds] = [received() - bytes, cpuSeconds(load.proxy.pid) - cpu, (performance.now() - begin) / 1000]
-    await Promise.race([failed, within(Promise.all(drains.map((one) => one.finish())))])
+    const [moved, used, seconds] = [total() - bytes, cpuSeconds(load.proxy.pid) - cpu, (performance.now() - begin) / 1000]
+    await Promise.race([failed, within(Promise.all(flows.map((one) => one.finish())))])
     return { cpu: (used * 1000) / (moved / mebibyte / 1024), throughput: moved / mebibyte / seconds }
   } finally {
-    for (const one of drains) one.close()
+    for (const one of flows) one.close()
   }
 }
 
@@ -49,7 +69,7 @@ async function within<T>(work: Promise<T>): Promise<T> {
   return Promise.race([work, late]).finally(() => patient.abort())
 }
 
-class Drain implements Reader {
+class Drain implements Reader, Flow {
   readonly failed: Promise<never>
   bytes = 0
   readonly #request: string
@@ -69,14 +89,12 @@ class Drain implements Reader {
     this.failed.catch(() => undefined)
   }
 
-  /** Resolves when the first answer has begun. */
   async open(port: number): Promise<void> {
     this.#socket = await openSocket(port, this)
     this.#socket.write(this.#request)
     await this.#begun.promise
   }
 
-  /** Resolves when the answer under way is whole. */
   finish(): Promise<void> {
     this.#finishing = true
     return this.#finished.promise
@@ -101,6 +119,83 @@ class Drain implements Reader {
     this.#left = this.#size
     this.#begun.resolve()
     return bytes.length - found.length
+  }
+
+  closed(reason: Error): void {
+    this.#fail(reason)
+  }
+
+  close(): void {
+    this.#socket?.resetAndDestroy()
+  }
+}
+
+const piece = Buffer.alloc(256 * 1024, 'x')
+
+class Pour implements Reader, Flow {
+  readonly failed: Promise<never>
+  readonly #head: string
+  readonly #size: number
+  readonly #answer = new HeadReader()
+  readonly #finished = Promise.withResolvers<void>()
+  #finishing = false
+  /** Bytes of the body under way that were not handed to the socket yet. */
+  #left = 0
+  /** Bytes of the answer's body that are still to come. */
+  #answerLeft = 0
+  #socket: Socket | null = null
+  #fail: (error: Error) => void = () => {}
+
+  constructor({ path, headers, size }: BodyLoad) {
+    this.#head = `POST ${path} HTTP/1.1\r\nHost: bench.example\r\nContent-Length: ${size}\r\n${headers.map((header) => `${header}\r\n`).join('')}\r\n`
+    this.#size = size
+    this.failed = new Promise((_, reject) => { this.#fail = reject })
+    this.failed.catch(() => undefined)
+  }
+
+  get bytes(): number {
+    return this.#socket === null ? 0 : this.#socket.bytesWritten - this.#socket.writableLength
+  }
+
+  async open(port: number): Promise<void> {
+    this.#socket = await openSocket(port, this)
+    this.#socket.on('drain', () => this.#push())
+    this.#begin()
+  }
+
+  finish(): Promise<void> {
+    this.#finishing = true
+    return this.#finished.promise
+  }
+
+  #begin(): void {
+    this.#left = this.#size
+    this.#socket!.write(this.#head)
+    this.#push()
+  }
+
+  #push(): void {
+    while (this.#left > 0) {
+      const part = this.#left < piece.length ? piece.subarray(0, this.#left) : piece
+      this.#left -= part.length
+      if (!this.#socket!.write(part)) return
+    }
+  }
+
+  read(bytes: Buffer): void {
+    let body = bytes.length
+    if (this.#answerLeft === 0) {
+      const found = this.#answer.feed(bytes)
+      if (found === null) return
+      if (!found.head.startsWith('HTTP/1.1 200 ') || this.#left > 0) return this.#fail(new Error(`not the answer that was wanted: ${found.head}`))
+      this.#answerLeft = Number(/^content-length: *(\d+)\r$/im.exec(found.head)?.[1] ?? NaN)
+      body -= found.length
+    }
+    this.#answerLeft -= body
+    if (Number.isNaN(this.#answerLeft) || this.#answerLeft < 0) return this.#fail(new Error('an answer of another length than announced'))
+    if (this.#answerLeft > 0) return
+    if (this.#finishing) this.#finished.resolve()
+    else this.#begin()
   }
 
   closed(reason: Error): void {

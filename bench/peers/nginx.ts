@@ -39,6 +39,8 @@ http {
       proxy_buffer_size 16k;
       proxy_buffers ${buffers};
       proxy_max_temp_file_size 0;
+      proxy_request_buffering off;
+      client_max_body_size 0;
     }
   }
 }

@@ -1,7 +1,7 @@
 /** The loads of the bench's own: they count what is right, and a proxy that answers something else, too little or nothing more ends the run. */
 import { createServer, type AddressInfo, type Socket } from 'node:net'
 import t from 'tap'
-import { drain } from '../../bench/body-load.ts'
+import { drain, pour } from '../../bench/body-load.ts'
 import { SteadyClient } from '../../bench/steady-requests.ts'
 import { WebSocketLoad } from '../../bench/websocket-load.ts'
 
@@ -27,7 +27,8 @@ async function serve(answer: (socket: Socket, chunk: Buffer) => void): Promise<S
 
 const size = 300_000
 const head = (length: number): string => `HTTP/1.1 200 OK\r\nContent-Length: ${length}\r\n\r\n`
-const load = (port: number) => drain({ port, path: '/', headers: ['X-Bench: 1'], size, connections: 2, seconds: 0.05, proxy: { pid: process.pid, stop: async () => undefined } })
+const bodies = (port: number) => ({ port, path: '/', headers: ['X-Bench: 1'], size, connections: 2, seconds: 0.05, proxy: { pid: process.pid, stop: async () => undefined } })
+const load = (port: number) => drain(bodies(port))
 
 t.test('large bodies: bytes are counted, answers are whole', async (t) => {
   const asked: string[] = []
@@ -54,6 +55,50 @@ t.test('large bodies: what fails the run', async (t) => {
   for (const [name, [answer, message]] of Object.entries(wrong)) {
     await using server = await serve(answer)
     await t.rejects(load(server.port), message, name)
+  }
+})
+
+t.test('uploads: whole bodies arrive, one after the other, and bytes are counted', async (t) => {
+  const lengths: number[] = []
+  const uploads = new WeakMap<Socket, { text: string; missing: number }>()
+  await using server = await serve((socket, chunk) => {
+    const upload = uploads.get(socket) ?? { text: '', missing: -1 }
+    uploads.set(socket, upload)
+    if (upload.missing === -1) {
+      upload.text += chunk.toString('latin1')
+      const end = upload.text.indexOf('\r\n\r\n')
+      if (end === -1) return
+      t.equal(upload.text.slice(0, end), `POST / HTTP/1.1\r\nHost: bench.example\r\nContent-Length: ${size}\r\nX-Bench: 1`)
+      upload.missing = size - (upload.text.length - end - 4)
+    } else upload.missing -= chunk.length
+    if (upload.missing > 0) return
+    lengths.push(size - upload.missing)
+    uploads.delete(socket)
+    socket.write(`${head(5)}hel`)
+    socket.write('lo')
+  })
+  const sample = await pour(bodies(server.port))
+  t.ok(lengths.length >= 2, 'each connection sent')
+  t.same(new Set(lengths), new Set([size]), 'and no byte too many')
+  t.ok(Number.isFinite(sample['throughput']))
+})
+
+t.test('uploads: what fails the run', async (t) => {
+  const wrong: Readonly<Record<string, [(socket: Socket) => void, RegExp]>> = {
+    'an answer before the end': [(socket) => void socket.write(`${head(5)}hello`), /not the answer that was wanted/],
+    'another status': [(socket) => void socket.write(`HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n`), /not the answer that was wanted: HTTP\/1.1 413/],
+    'an end in the middle': [(socket) => void socket.destroy(), /EPIPE|ECONNRESET/],
+  }
+  for (const [name, [answer, message]] of Object.entries(wrong)) {
+    let answered = false
+    // A body that neither side's kernel can hold, so that the answer comes before its end.
+    await using server = await serve((socket) => {
+      if (answered) return
+      answered = true
+      socket.pause()
+      answer(socket)
+    })
+    await t.rejects(pour({ ...bodies(server.port), size: 64 * 1024 * 1024, connections: 1 }), message, name)
   }
 })
 
