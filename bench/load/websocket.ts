@@ -48,7 +48,7 @@ async function echoes(seconds: number, backendPort: number, cleanups: Cleanups):
     goals: [],
     notes: [
       'An echo is a message there and a message back: the proxy reads twice and writes twice, and with one message under way on each connection every read wakes it for 130 bytes.',
-      "Those four system calls are most of HAProxy's price, and all of ours too; what we add is libuv's call into JavaScript for each read, the two streams that a piece passes (the socket's, and ours, which counts bytes and finds the ends of frames), and the callback of each write.",
+      "Those four system calls are most of the price on both sides; what we add is libuv's call into JavaScript for each read, the two streams that a piece passes (the socket's, and ours, which counts bytes and finds the ends of frames), and the callback of each write.",
     ],
   }
 }
