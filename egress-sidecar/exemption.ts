@@ -8,7 +8,7 @@
  */
 import { readFile, readlink } from 'node:fs/promises'
 import { release } from 'node:os'
-import { NftError, appendIptables, type Nft } from './nft.ts'
+import { NftError, type Nft } from './nft.ts'
 import type { Exemption } from './ruleset.ts'
 
 export type ExemptionWish = 'auto' | 'cgroup' | 'ports'
@@ -18,8 +18,25 @@ const mark = '0x1ee7'
 /** Inode of the first cgroup namespace (PROC_CGROUP_INIT_INO in the kernel's proc_ns.h). */
 const initialCgroupNamespace = 'cgroup:[4026531835]'
 
+/** What the kernel says of us. */
+export type Self = {
+  /** `/proc/self/cgroup` */
+  readonly cgroups: string
+  /** Where `/proc/self/ns/cgroup` leads. */
+  readonly cgroupNamespace: string
+  /** Of the kernel, as `uname -r` says it. */
+  readonly release: string
+}
+
+export async function readSelf(): Promise<Self> {
+  return { cgroups: await readFile('/proc/self/cgroup', 'utf8'), cgroupNamespace: await readlink('/proc/self/ns/cgroup'), release: release() }
+}
+
 export type ExemptionDeps = {
   readonly nft: Nft
+  readonly self: () => Promise<Self>
+  /** Adds rules to a table of iptables, all or none. */
+  readonly appendIptables: (program: 'iptables' | 'ip6tables', table: string, rules: readonly string[]) => Promise<void>
   /** Are we a container's process? Outside of one the sandbox may share our cgroup. */
   readonly inContainer: boolean
   /** Is one of the upstreams reached over IPv6? */
@@ -38,7 +55,7 @@ export async function chooseExemption(wish: ExemptionWish, deps: ExemptionDeps):
   if (wish === 'auto' && !deps.inContainer) return { ...ports, why: 'not in a container' }
   const refusals: string[] = []
   try {
-    const path = await ownCgroupPath()
+    const path = ownCgroupPath(await deps.self())
     for (const attempt of [byIptables, byNft]) {
       try {
         return await attempt(path, deps)
@@ -57,14 +74,13 @@ export async function chooseExemption(wish: ExemptionWish, deps: ExemptionDeps):
  * The path under which the kernel finds our cgroup, seen from our cgroup namespace.
  * `/` is our own only in a namespace of its own, and only where the kernel resolves paths inside it (6.1); elsewhere it is everybody's.
  */
-async function ownCgroupPath(): Promise<string> {
-  const line = (await readFile('/proc/self/cgroup', 'utf8')).split('\n').find((text) => text.startsWith('0::'))
+function ownCgroupPath({ cgroups, cgroupNamespace, release }: Self): string {
+  const line = cgroups.split('\n').find((text) => text.startsWith('0::'))
   const path = line?.slice(3) ?? ''
   if (!path.startsWith('/') || path.includes('..') || /["\s\\]/.test(path)) throw new Error(`cgroup path ${JSON.stringify(path)} is not usable`)
   if (path !== '/') return path
-  const [major = 0, minor = 0] = release().split('.').map(Number)
-  const ownNamespace = (await readlink('/proc/self/ns/cgroup')) !== initialCgroupNamespace
-  if (!ownNamespace || major < 6 || (major === 6 && minor < 1)) throw new Error('the cgroup path / would exempt everybody here')
+  const [major = 0, minor = 0] = release.split('.').map(Number)
+  if (cgroupNamespace === initialCgroupNamespace || major < 6 || (major === 6 && minor < 1)) throw new Error('the cgroup path / would exempt everybody here')
   return path
 }
 
@@ -72,7 +88,7 @@ async function ownCgroupPath(): Promise<string> {
  * In the table `raw`: a mark that changes in `mangle` has the kernel look for a route once more. Only packets towards the ports in question are
  * looked at, the only ones whose mark our table asks for; everybody else's streams pay two comparisons.
  */
-async function byIptables(path: string, { ipv6, towards }: ExemptionDeps): Promise<ChosenExemption> {
+async function byIptables(path: string, { ipv6, towards, appendIptables }: ExemptionDeps): Promise<ChosenExemption> {
   // Appended, so that after a restart in the same namespace the newest pair has the last word.
   const rules = towards.flatMap(({ protocol, port }) => [
     `-A OUTPUT -p ${protocol} --dport ${port} -j MARK --set-mark 0`,

@@ -12,13 +12,13 @@ import { answer, type Outcome } from './answer.ts'
 import { failedChecks, rulesPresent } from './checks.ts'
 import type { Config } from './config.ts'
 import { createControlPlace } from './control.ts'
-import { chooseExemption, type ChosenExemption } from './exemption.ts'
+import { chooseExemption, readSelf, type ChosenExemption } from './exemption.ts'
 import { createFirewall, type Firewall } from './firewall.ts'
 import { listenDns, type DnsListener, type Handler } from './listen.ts'
 import { createAddressJudge, knownResolvers } from './judge.ts'
 import type { Log } from './log.ts'
 import { createMetrics } from './metrics.ts'
-import { createNft, type Nft } from './nft.ts'
+import { appendIptables, createNft, type Nft } from './nft.ts'
 import { emptyReply, rcodes, readQuestion } from './packet.ts'
 import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
@@ -94,7 +94,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const now = (): number => performance.now()
     let tcpIsExempt = false
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt }, now))
-    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
     tcpIsExempt = exemption.protocols.includes('tcp')
     for (const problem of asking.unroutable) log.event('warn', 'egress.upstream_unroutable', `upstream not used: ${problem}`)
     probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })

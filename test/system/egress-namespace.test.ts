@@ -124,6 +124,22 @@ t.test('many rules, many learned addresses', async (t) => {
   t.ok((times[50] ?? NaN) < 50)
 })
 
+t.test('a name whose 500 addresses rotate: all stay open while it is allowed, none after that', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('rotating.ok.example', '*.fine.example') })
+  const places = Array.from({ length: 500 }, (_, i) => `198.18.${128 + (i >> 8)}.${i & 255}`)
+  // At once: answers under way are put together into one command.
+  const told = await space.ask(...Array.from({ length: 125 }, () => ({ ask: 'rotating.ok.example' })))
+  t.same(told.filter(({ answers }) => answers !== 4), [], 'every answer has four of them')
+  t.match(await space.run('curl', '-s', 'http://127.0.0.1:18080/metrics'), 'egress_learned_addresses 500\n')
+  const connected = await space.ask(...places.map((connect) => ({ connect })))
+  t.same(connected.filter(({ result }) => result !== 'open'), [], 'the first as well as the last')
+  t.equal((await space.ask({ connect: '198.18.129.244' }))[0]?.result, 'ECONNREFUSED', 'but not the next one')
+  t.match(await api(space, 'POST', policy('*.fine.example')), /200$/)
+  const after = await space.ask(...places.map((connect) => ({ connect })))
+  t.same(after.filter(({ result }) => result !== 'ECONNREFUSED'), [], 'shut with the name')
+})
+
 t.test('always files are read at the start and looked at again', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecarWithVar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example', outside.other) })

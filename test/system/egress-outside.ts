@@ -16,7 +16,13 @@ type Question = { name: string; type: number }
 type Answer = object
 const report = (line: object): void => void process.stdout.write(`${JSON.stringify(line)}\n`)
 
-/** `ip-198-51-100-9.…` has that address, `alias-<name>.…` is an alias of `<name>.other.example`, `many-<n>.…` has n addresses, `v6.…` an IPv6 one. */
+/** Addresses of `rotating` told so far. */
+let turn = 0
+
+/**
+ * `ip-198-51-100-9.…` has that address, `alias-<name>.…` is an alias of `<name>.other.example`, `many-<n>.…` has n addresses,
+ * `rotating.…` four others each time, of 500 in all, `v6.…` an IPv6 one.
+ */
 function answersTo({ name, type }: Question): Answer[] {
   const first = name.split('.')[0]?.toLowerCase() ?? ''
   const ttl = /^ttl(\d+)/.exec(first)?.[1] ?? '30'
@@ -27,6 +33,7 @@ function answersTo({ name, type }: Question): Answer[] {
   if (literal !== null) return [address(name, literal.slice(1).join('.'))]
   const many = /^many-(\d+)$/.exec(first)?.[1]
   if (many !== undefined) return Array.from({ length: Number(many) }, (_, i) => address(name, `198.18.${i >> 8}.${i & 255}`))
+  if (first === 'rotating') return Array.from({ length: 4 }, () => address(name, `198.18.${128 + ((turn % 500) >> 8)}.${turn++ % 500 & 255}`))
   if (first.startsWith('alias-')) {
     const target = `${first.slice(6)}.other.example`
     return [{ name, type: 5, class: 1, ttl: 30, domain: target } , address(target, site)]

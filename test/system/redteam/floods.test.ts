@@ -79,16 +79,21 @@ async function flood(t: Test, { internet, flooder, neighbour }: { internet: Inte
   for (let i = 0; i < 10; i++) heard += (await request(`http://${flooder.address}:18080/healthz`, { reset: true, headersTimeout: 2000 }).then(({ statusCode, body }) => body.dump().then(() => statusCode), () => 0)) === 200 ? 1 : 0
   t.equal(heard, 10, 'its policy API has room for the server all the while')
   const looked = await run(neighbour, ['look'])
-  t.equal(looked, `${lookups} of ${lookups}`, 'the neighbour asks and connects as always')
+  t.match(looked, served, 'the neighbour asks and connects as always')
+  // A machine of two processors is shared with two threads of the flood: what is bounded is that nobody waits behind their questions.
+  t.ok(medianOf(looked) < 250, `and waits ${medianOf(looked)} ms for both`)
   const done = Number(await flooding)
   t.ok(done >= least, `it was a flood: ${done}`)
   t.equal(packetsTo(await internet.flows(), denied), 0, 'the denied place heard nothing')
   t.equal(questionsFor(await internet.questions(), 'leak.example'), 0, 'nobody was asked for a denied name')
   await eventually('the sidecar answers for itself', async () => ((await request(`http://${flooder.address}:18080/healthz`).catch(() => undefined))?.statusCode === 200 ? true : undefined), 30)
-  await eventually('whoever flooded is served again', async () => ((await run(flooder, ['look'])) === `${lookups} of ${lookups}` ? true : undefined), 60)
+  await eventually('whoever flooded is served again', async () => (served.test(await run(flooder, ['look'])) ? true : undefined), 60)
 }
 
 const lookups = 20
+const served = new RegExp(`^${lookups} of ${lookups}, `)
+/** ms of the usual question and connection, as `look` says them. */
+const medianOf = (looked: string): number => Number(/ ([\d.]+) ms$/.exec(looked)?.[1] ?? NaN)
 
 /** knock: at the denied place all the time; flood: two threads of it; look: ask and connect, so many times. */
 async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look')[], program = ''): Promise<string> {
@@ -112,13 +117,15 @@ def knock():
       s.close()
     time.sleep(0.01)
 def look():
-  good=0
+  good=0; times=[]
   for i in range(${lookups}):
+    begin=time.monotonic()
     try:
       address=socket.getaddrinfo("n%d.allowed.example"%i,443,socket.AF_INET)[0][4]
       socket.create_connection(address,5).close(); good+=1
     except OSError as error: print(error,file=sys.stderr)
-  print("%d of ${lookups}"%good)
+    times.append(1000*(time.monotonic()-begin))
+  print("%d of ${lookups}, median %.1f ms"%(good,sorted(times)[len(times)//2]))
 counts=[]
 threads=[]
 if "knock" in sys.argv: threads.append(threading.Thread(target=knock))
