@@ -26,6 +26,10 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   answer.edge = edge
   visit.peer.open++
   response.on('close', onClose).on('error', ignore)
+  if (losesWhatFollows(request)) {
+    visit.peer.closing = true
+    response.shouldKeepAlive = false
+  }
 
   // 2. What needs no sandbox.
   if (answersItself(visit, request.url as string)) return
@@ -55,6 +59,8 @@ export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Sock
   if (visit === null) return
   const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
+  // Which bytes are its body and which belong to the tunnel would be anybody's guess.
+  if (visit.head.chunked || /[1-9]/.test(visit.head.contentLength)) return endUpgrade(edge, visit, new Fault('EDGE_BAD_REQUEST', 'an upgrade with a body'))
   addForwarded(visit.head, { peer: visit.peer.address, proto: 'http', port: visit.peer.localPort, prefix: visit.plainPrefix, requestId: visit.requestId })
   const sandbox = visit.sandbox as Sandbox
   if (edge.renewals !== null) edge.renewals.used(sandbox.entry)
@@ -72,6 +78,14 @@ export function asksForWebSocket(request: IncomingMessage): boolean {
   const { upgrade, connection } = request.headers
   if (request.method !== 'GET' || upgrade === undefined || connection === undefined) return false
   return connectionOptions(upgrade).has('websocket') && connectionOptions(connection).has('upgrade') && request.httpVersionMinor === 1
+}
+
+/**
+ * Behind a request that asks for any upgrade, node:http throws away the rest of the packet, also when nobody follows it. Where the next
+ * request begins is unknown then, so there is none on this connection (RFC 9112 §11.2).
+ */
+function losesWhatFollows({ headers: { upgrade, connection } }: IncomingMessage): boolean {
+  return upgrade !== undefined && connection !== undefined && connectionOptions(connection).has('upgrade')
 }
 
 function begin(edge: Edge, request: IncomingMessage, response: ServerResponse | null): Visit {

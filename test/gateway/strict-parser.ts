@@ -1,16 +1,19 @@
-/** A reader of HTTP/1.1 requests that accepts less than any real server: what it objects to should never leave the gateway. */
+/** Readers of HTTP/1.1 requests and answers that accept less than any real one: what they object to should never leave the gateway. */
 export type SeenRequest = { method: string; target: string; headers: [string, string][]; body: string; trailers: [string, string][] }
 export type Seen = { complete: SeenRequest[]; problems: string[]; /** Bytes behind the last whole request. */ rest: string }
 
 const requestLine = /^([A-Z]+) (\/[\x21-\x7e]*) HTTP\/1\.1$/
 const field = /^([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t\x20-\x7e\x80-\xff]*)$/
 
-/** @param bytes latin1 text of one connection, or of several that followed each other */
-export function readRequests(bytes: string): Seen {
+/**
+ * @param bytes latin1 text of one connection, or of several that followed each other
+ * @param most requests to read, where others than requests may follow
+ */
+export function readRequests(bytes: string, most = Infinity): Seen {
   const complete: SeenRequest[] = []
   const problems: string[] = []
   let rest = bytes
-  while (rest !== '' && problems.length === 0) {
+  while (rest !== '' && problems.length === 0 && complete.length < most) {
     const end = rest.indexOf('\r\n\r\n')
     if (end === -1) break
     const lines = rest.slice(0, end).split('\r\n')
@@ -33,6 +36,52 @@ export function readRequests(bytes: string): Seen {
     if (framed === null) break
     complete.push({ method: line[1] as string, target: line[2] as string, headers, body: framed.body, trailers: framed.trailers })
     rest = framed.rest
+  }
+  return { complete, problems, rest }
+}
+
+/** `interim`: the statuses of answers before the last one, such as 100. `closes`: the connection ends behind it. */
+export type SeenAnswer = { status: number; interim: number[]; headers: [string, string][]; body: string; closes: boolean }
+export type SeenAnswers = { complete: SeenAnswer[]; problems: string[]; rest: string }
+
+const statusLine = /^HTTP\/1\.1 ([1-5]\d\d) [\x20-\x7e]*$/
+const bodiless = new Set([101, 204, 304])
+
+/** @param methods what was asked, in order: an answer to HEAD has no body */
+export function readAnswers(bytes: string, methods: readonly string[]): SeenAnswers {
+  const complete: SeenAnswer[] = []
+  const problems: string[] = []
+  let interim: number[] = []
+  let rest = bytes
+  while (rest !== '' && problems.length === 0) {
+    const end = rest.indexOf('\r\n\r\n')
+    if (end === -1) break
+    const lines = rest.slice(0, end).split('\r\n')
+    const line = statusLine.exec(lines[0] as string)
+    if (line === null) {
+      problems.push(`status line ${JSON.stringify(lines[0])}`)
+      break
+    }
+    const status = Number(line[1])
+    const headers = readFields(lines.slice(1), problems)
+    const after = rest.slice(end + 4)
+    if (status < 200 && status !== 101) {
+      interim.push(status)
+      rest = after
+      continue
+    }
+    const all = (name: string): string[] => headers.filter(([key]) => key === name).map(([, value]) => value)
+    const lengths = all('content-length')
+    const codings = all('transfer-encoding')
+    const empty = methods[complete.length] === 'HEAD' || bodiless.has(status)
+    if (!empty && lengths.length + codings.length !== 1) problems.push(`${lengths.length + codings.length} framings of an answer`)
+    const framed = empty ? { body: '', rest: after } : codings.length > 0 ? readChunks(after, problems) : readLength(after, Number(lengths[0]))
+    if (framed === null || problems.length > 0) break
+    complete.push({ status, interim, headers, body: framed.body, closes: all('connection').some((value) => value.toLowerCase() === 'close') })
+    interim = []
+    rest = framed.rest
+    // What follows is no HTTP any more.
+    if (status === 101) break
   }
   return { complete, problems, rest }
 }
