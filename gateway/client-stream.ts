@@ -46,6 +46,11 @@ export class ClientStream extends Duplex {
     return this.readableEnded || this.writableEnded
   }
 
+  /** One side does not take what the other has sent. */
+  get stalled(): boolean {
+    return this.#socket.isPaused() || this.#socket.writableNeedDrain
+  }
+
   /** The head was sent: from now on the client's connection is a tunnel, and ends as one. */
   open(): void {
     this.#open = true

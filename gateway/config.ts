@@ -43,7 +43,7 @@ export const GatewayConfigSchema = Type.Object({
   keepAliveTimeout: milliseconds(75_000, 'how long a client connection may idle between requests'),
   connectTimeout: someMilliseconds(10_000, 'until a sandbox must accept a connection'),
   firstByteTimeout: milliseconds(600_000, 'until a sandbox must begin to answer; 0: no limit'),
-  idleTimeout: milliseconds(600_000, 'silence after which an exchange is broken off, event streams and upgrades excepted; 0: no limit'),
+  idleTimeout: milliseconds(600_000, 'silence after which an exchange is broken off, event streams excepted, and upgrades where neither side waits for the other; 0: no limit'),
   bootGrace: milliseconds(1_000, 'how long a refused connection to a port that never answered is tried again'),
   drainTimeout: milliseconds(30_000, 'until running requests are broken off at shutdown'),
   renewInterval: milliseconds(60_000, 'how often the lifecycle server is told that a sandbox with renew-on-access is used; 0: never'),

@@ -178,7 +178,8 @@ function listenOn(server: Server, config: GatewayConfig): Promise<number> {
 /** All connections closed, which upgraded ones do not count towards. */
 async function settled(closed: Promise<void>, relays: InFlight<Relay>, tunnels: Tunnels): Promise<void> {
   await closed
-  while (relays.size > 0 || tunnels.size > 0) await delay(20)
+  // With the last connection gone, nothing but this timer keeps the process until all is told.
+  while (relays.size > 0 || tunnels.size > 0) await new Promise((resolve) => setTimeout(resolve, 20))
 }
 
 /** Connections beyond the limit that still get their 503. */

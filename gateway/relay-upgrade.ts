@@ -241,9 +241,11 @@ class Tunnel implements Belonging {
   }
 
   checkTimes(now: number): void {
-    const { firstByteTimeout } = this.#options
+    const { firstByteTimeout, idleTimeout } = this.#options
     if (this.client.refusedAt !== 0 && now - this.client.refusedAt > refusalMs) this.#socket.destroy()
     if (this.client.halfClosed && now - this.client.lastByteAt > lingerMs) this.#socket.destroy()
+    // A connection that is not read from does not show that its other end is gone: what nobody takes for that long is given up.
+    if (this.#answered && idleTimeout > 0 && this.client.stalled && now - this.client.lastByteAt > idleTimeout) this.#socket.destroy()
     if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
     this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
     this.#outgoing?.destroy()
