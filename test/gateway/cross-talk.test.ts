@@ -3,10 +3,13 @@
  * ever be answered by the new one: not through a pooled socket, not through a retry, not through a dial that was under way.
  */
 import { Agent, createServer, request as httpRequest, type Server } from 'node:http'
-import type { AddressInfo } from 'node:net'
+import { connect, type AddressInfo } from 'node:net'
+import { performance } from 'node:perf_hooks'
+import { setTimeout as delay } from 'node:timers/promises'
+import { Worker } from 'node:worker_threads'
 import t from 'tap'
 import type { Sandbox } from '../../gateway/routes.ts'
-import { entry, eventually, startGateway, startHttp } from './support.ts'
+import { entry, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
 
 t.test('an address reused within 10 ms under load never crosses owners', async (t) => {
   const wrong: string[] = []
@@ -30,6 +33,8 @@ t.test('an address reused within 10 ms under load never crosses owners', async (
   let running = true
   const agent = new Agent({ keepAlive: true })
   const statuses = new Map<number, number>()
+  /** ms between the end of an owner and the route of the next one, per life. */
+  const gaps: number[] = []
   const one = (id: string): Promise<void> =>
     new Promise((resolve) => {
       const asked = httpRequest({ port: gateway.port, host: '127.0.0.1', path: `/${id}/${port}/${id}`, agent }, (response) => {
@@ -55,12 +60,14 @@ t.test('an address reused within 10 ms under load never crosses owners', async (
     const before = answered
     await eventually(() => answered >= before + 6, 'answers in this life')
     // The old owner ends: the gateway hears of it, then the engine takes the address away and gives it to the next.
+    const ended = performance.now()
     table.delete(owner)
     server.close()
     server.closeAllConnections()
     const next = `owner-${life}`
     server = await own(next)
     table.put(entry({ id: next, lifecycle: `life-${life}` }))
+    gaps.push(performance.now() - ended)
     owner = next
   }
   running = false
@@ -69,6 +76,9 @@ t.test('an address reused within 10 ms under load never crosses owners', async (
   server.closeAllConnections()
   server.close()
   t.same(wrong, [] as string[], 'no request crossed owners')
+  gaps.sort((one, other) => one - other)
+  const median = gaps[gaps.length >> 1] as number
+  t.ok(median < 10, `the address had its next owner after ${median.toFixed(2)} ms (median of ${gaps.length}; at most ${gaps.at(-1)?.toFixed(2)} ms)`)
   t.ok(answered > 200, `${answered} requests were answered (${[...statuses].map(([status, n]) => `${status}: ${n}`).join(', ')})`)
 })
 
@@ -130,4 +140,159 @@ t.test('a new owner of an exclusive address ends the old one, even without a del
   shared.put(entry({ id: 'one' }))
   shared.put(entry({ id: 'two' }))
   t.equal(shared.size, 2, 'loopback may be shared')
+})
+
+/** Each request names in its path whom it is for. */
+const asks = {
+  GET: (id: string, port: number) => get(`/${id}/${port}/${id}`, 'Accept: application/json'),
+  POST: (id: string, port: number) => get(`/${id}/${port}/${id}`, 'Accept: application/json', 'Content-Length: 4').replace('GET', 'POST') + 'body',
+  upgrade: (id: string, port: number) => get(`/${id}/${port}/${id}`, 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==').replace('Connection: close', 'Connection: Upgrade'),
+}
+
+/** Whoever has the address now: answers each request, and keeps what reached it. A connection counts even when it brought nothing. */
+async function ownerOf(host: string, port: number): Promise<AsyncDisposable & { readonly heard: string[] }> {
+  const heard: string[] = []
+  const server = createServer((_request, response) => response.end('the owner'))
+  server.on('connection', (socket) => {
+    const nth = heard.push('') - 1
+    socket.on('data', (chunk: Buffer) => (heard[nth] += chunk.toString('latin1')))
+  })
+  await new Promise<void>((resolve, reject) => server.once('error', reject).listen(port, host, resolve))
+  return {
+    heard,
+    async [Symbol.asyncDispose]() {
+      server.closeAllConnections()
+      await new Promise((resolve) => server.close(resolve))
+    },
+  }
+}
+
+/** A port on which a request gets no answer, until its owner lets go of it. `waits` resolves when the request has come to where it waits. */
+type Silent = { readonly port: number; waits(): Promise<void>; letGo(): Promise<void> }
+
+/** Nothing listens, so the gateway tries again. */
+async function closedPort(host: string): Promise<Silent> {
+  const gone = await startRaw(() => undefined, host)
+  await gone[Symbol.asyncDispose]()
+  // Tries come 0, 50, 150 and 350 ms after the request.
+  return { port: gone.port, waits: () => delay(220), letGo: () => delay(0) }
+}
+
+/** Somebody listens who never accepts, and the queue is full: the kernel sends the dial's SYN again a second later, whoever listens by then. */
+async function deafPort(host: string): Promise<Silent> {
+  const bell = new Int32Array(new SharedArrayBuffer(4))
+  // Only a thread that stands still does not accept.
+  const code = `
+    const { parentPort, workerData } = require('node:worker_threads')
+    const server = require('node:net').createServer().listen({ port: 0, host: '${host}', backlog: 1 }, () => {
+      parentPort.postMessage(server.address().port)
+      Atomics.wait(workerData, 0, 0, 20_000)
+      process.exit()
+    })`
+  const worker = new Worker(code, { eval: true, workerData: bell })
+  const port = await new Promise<number>((resolve, reject) => worker.once('message', resolve).once('error', reject))
+  // The kernel takes one more than the backlog says.
+  const fillers = [1, 2].map(() => connect(port, host).on('error', () => undefined))
+  await Promise.all(fillers.map((filler) => new Promise((resolve) => filler.once('connect', resolve))))
+  const letGo = async (): Promise<void> => {
+    const exited = new Promise((resolve) => worker.once('exit', resolve))
+    Atomics.store(bell, 0, 1)
+    Atomics.notify(bell, 0)
+    await exited
+    for (const filler of fillers) filler.destroy()
+  }
+  return { port, waits: () => delay(50), letGo }
+}
+
+/** The sandbox takes the request and says nothing. */
+async function mutePort(host: string): Promise<Silent> {
+  let taken = false
+  const server = await startRaw((socket) => void socket.on('data', () => (taken = true)), host)
+  return { port: server.port, waits: () => eventually(() => taken, 'the request is at the sandbox'), letGo: async () => server[Symbol.asyncDispose]() }
+}
+
+t.test('a request under way when its sandbox ends never reaches who has the address next', async (t) => {
+  const goesOn = 'its sandbox goes on'
+  const taken = 'its sandbox ends, and a new one gets the address'
+  const reborn = 'its sandbox gets a new life'
+  const arrives = /^HTTP\/1\.1 200 .*the owner$/s
+  const broken = /^HTTP\/1\.1 502 .*"the sandbox ended"/s
+  // As a tunnel that stands is closed.
+  const closed = /^$/
+  const rows: [ask: keyof typeof asks, where: string, open: (host: string) => Promise<Silent>, fate: string, answer: RegExp][] = [
+    // These arrive: without them the others would pass, too, if nothing were ever tried again.
+    ['GET', 'waits for its next try', closedPort, goesOn, arrives],
+    ['POST', 'waits for its next try', closedPort, goesOn, arrives],
+    ['GET', 'is dialling', deafPort, goesOn, arrives],
+    ['upgrade', 'is dialling', deafPort, goesOn, arrives],
+  ]
+  for (const fate of [taken, reborn]) {
+    rows.push(
+      ['GET', 'waits for its next try', closedPort, fate, broken],
+      ['POST', 'waits for its next try', closedPort, fate, broken],
+      ['GET', 'is dialling', deafPort, fate, broken],
+      ['GET', 'waits for its answer', mutePort, fate, broken],
+      ['upgrade', 'is dialling', deafPort, fate, closed],
+      ['upgrade', 'waits for its 101', mutePort, fate, closed],
+    )
+  }
+  // All at once, because most of the time is waiting; each with an address of its own, so that nobody else takes the port that is free for a while.
+  const row = async ([ask, where, open, fate, answer]: (typeof rows)[number], nth: number): Promise<void> => {
+    const name = `${ask} ${where}, ${fate}`
+    const host = `127.1.0.${nth + 1}`
+    await using gateway = await startGateway([{ id: 'old', host }], { mode: 'uri', bootGrace: 3_000 })
+    const { table } = gateway.gateway
+    const { port, waits, letGo } = await open(host)
+    const client = new RawClient(gateway.port).send(asks[ask]('old', port))
+    await eventually(() => [...table.inUse()].length === 1, `${name}: under way`)
+    await waits()
+    t.same([client.received, client.ended], ['', false], `${name}: it waits`)
+    if (fate === taken) table.delete('old')
+    if (fate === reborn) table.put(entry({ id: 'old', host, lifecycle: 'second' }))
+    await letGo()
+    await using owner = await ownerOf(host, port)
+    if (fate === taken) table.put(entry({ id: 'new', host }))
+    t.match(await client.untilClosed(), answer, name)
+    t.notOk(client.reset, `${name}: closed in order`)
+    // Beyond the next try, and the next SYN, of what should be gone.
+    if (fate !== goesOn) await delay(1_300)
+    t.equal(owner.heard.length, fate === goesOn ? 1 : 0, `${name}: the owner heard ${JSON.stringify(owner.heard)}`)
+    const fresh = new RawClient(gateway.port).send(asks.GET(fate === taken ? 'new' : 'old', port))
+    t.match(await fresh.untilClosed(), arrives, `${name}: who asks for the owner reaches it`)
+    for (const each of [client, fresh]) each.close()
+  }
+  await Promise.all(rows.map(row))
+})
+
+t.test('a connection kept after a refused upgrade serves the next one of the same life, and no other', async (t) => {
+  const heard: string[] = []
+  const ended: number[] = []
+  await using upstream = await startRaw((socket) => {
+    const nth = heard.push('') - 1
+    socket.on('data', (chunk: Buffer) => {
+      heard[nth] += `${/^GET (\S+)/.exec(chunk.toString('latin1'))?.[1]} `
+      socket.write('HTTP/1.1 403 No\r\nContent-Length: 2\r\n\r\nno')
+    })
+    socket.on('end', () => {
+      ended.push(nth)
+      socket.end()
+    })
+  })
+  await using gateway = await startGateway([{ id: 'old', lifecycle: '1' }, { id: 'other' }], { mode: 'uri' })
+  const { table } = gateway.gateway
+  const rows: [name: string, change: () => void, id: string, heard: string[], ended: number[]][] = [
+    ['the first opens one', () => undefined, 'old', ['/old '], []],
+    ['the second finds it', () => undefined, 'old', ['/old /old '], []],
+    ['another sandbox with the same address does not', () => undefined, 'other', ['/old /old ', '/other '], []],
+    ['a new life does not, and the old connection is closed', () => table.put(entry({ id: 'old', lifecycle: '2' })), 'old', ['/old /old ', '/other ', '/old '], [0]],
+    ['a new owner of the address does not', () => (table.delete('old'), table.put(entry({ id: 'new' }))), 'new', ['/old /old ', '/other ', '/old ', '/new '], [0, 2]],
+  ]
+  for (const [name, change, id, wanted, closed] of rows) {
+    change()
+    await eventually(() => ended.length === closed.length, `${name}: ${ended} closed`)
+    const client = new RawClient(gateway.port).send(asks.upgrade(id, upstream.port))
+    t.equal(statusOf(await client.untilClosed()), 403, name)
+    t.same([heard, ended], [wanted, closed], name)
+    client.close()
+  }
 })
