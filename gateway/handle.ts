@@ -5,7 +5,7 @@ import { performance } from 'node:perf_hooks'
 import { Fault } from '#policies/fault.ts'
 import { admit } from './admit.ts'
 import type { Edge } from './edge.ts'
-import { addForwarded, connectionOptions, readRequestHead } from './headers.ts'
+import { addForwarded, connectionOptions, readRequestHead, type RequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
 import type { Relay } from './relay.ts'
 import { refuse } from './respond.ts'
@@ -26,7 +26,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   answer.edge = edge
   visit.peer.open++
   response.on('close', onClose).on('error', ignore)
-  if (losesWhatFollows(request)) {
+  if (losesWhatFollows(visit.head)) {
     visit.peer.closing = true
     response.shouldKeepAlive = false
   }
@@ -84,8 +84,8 @@ export function asksForWebSocket(request: IncomingMessage): boolean {
  * Behind a request that asks for any upgrade, node:http throws away the rest of the packet, also when nobody follows it. Where the next
  * request begins is unknown then, so there is none on this connection (RFC 9112 §11.2).
  */
-function losesWhatFollows({ headers: { upgrade, connection } }: IncomingMessage): boolean {
-  return upgrade !== undefined && connection !== undefined && connectionOptions(connection).has('upgrade')
+function losesWhatFollows({ upgrade, connection }: RequestHead): boolean {
+  return upgrade !== '' && connectionOptions(connection).has('upgrade')
 }
 
 function begin(edge: Edge, request: IncomingMessage, response: ServerResponse | null): Visit {
