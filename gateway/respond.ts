@@ -75,14 +75,27 @@ function faultHeaders(visit: Visit, code: FaultCode, type: string, body: string)
 }
 
 function render(visit: Visit, code: FaultCode, detail: string): { type: string; body: string } {
-  const accept = visit.request.headers.accept ?? ''
+  const form = bestForm(visit.request.headers.accept ?? '')
   const { text, next, status } = faults[code]
   const message = detail === '' ? text : detail
-  if (accept.includes('text/html')) return { type: 'text/html; charset=utf-8', body: page(status, code, message, next, visit.requestId) }
-  if (accept.includes('json')) return { type: 'application/json', body: `${JSON.stringify({ code, message, next, request_id: visit.requestId })}\n` }
+  if (form === 'page') return { type: 'text/html; charset=utf-8', body: page(status, code, message, next, visit.requestId) }
+  if (form === 'json') return { type: 'application/json', body: `${JSON.stringify({ code, message, next, request_id: visit.requestId })}\n` }
   // A failed WebSocket dial is answered like this by the original.
   if (visit.response === null && status === 503 && code === 'EDGE_NOT_READY' && detail === '') return { type: 'text/plain; charset=utf-8', body: 'Service Unavailable\n' }
   return { type: 'text/plain; charset=utf-8', body: `OpenSandbox Ingress: ${message}\n` }
+}
+
+/** What the client would rather have of what we can say; text when it does not mind (RFC 9110 §12.5.1). */
+function bestForm(accept: string): 'page' | 'json' | 'text' {
+  let best: 'page' | 'json' | 'text' = 'text'
+  let weight = 0
+  for (const item of accept.toLowerCase().split(',')) {
+    const [type = '', ...parameters] = item.split(';').map((part) => part.trim())
+    const form = type === 'text/html' ? 'page' : type.endsWith('json') ? 'json' : type === 'text/plain' ? 'text' : null
+    const asked = Number(parameters.find((part) => part.startsWith('q='))?.slice(2) ?? 1)
+    if (form !== null && asked > weight) [best, weight] = [form, asked]
+  }
+  return best
 }
 
 /** Light and dark, narrow and wide. No picture, font or script: a page that must always work fetches nothing. */
