@@ -50,8 +50,11 @@ export class Renewals {
   async close(now: number): Promise<void> {
     await this.#sending
     this.#notBefore = 0
-    this.flush(now)
-    await this.#sending
+    // One report holds a thousand. After one that failed there is no other.
+    do {
+      this.flush(now)
+      await this.#sending
+    } while (this.#notBefore === 0 && this.#due(now).length > 0)
   }
 
   /** Forgets what is neither due nor recent, so that the memory is bounded by what is in use. */

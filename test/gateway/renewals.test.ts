@@ -55,6 +55,19 @@ t.test('at most one report per sandbox and interval, and no use is lost', async 
   t.same(reports.map(ids), ['last'], 'what is due is said before the end')
 })
 
+t.test('before the end everything due is reported, however many reports that takes', async (t) => {
+  for (const [why, fails, wanted] of [['all of them', false, [1000, 1000, 500]], ['a server that is away is asked once', true, [1000]]] as const) {
+    const sizes: number[] = []
+    const renewals = new Renewals({ interval: 60_000, onState: () => undefined, send: async ({ sandboxes }) => {
+      sizes.push(sandboxes.length)
+      if (fails) throw new Error('away')
+    } })
+    for (let n = 0; n < 2500; n++) renewals.used(entry({ id: `s${n}`, renewOnAccess: true }))
+    await renewals.close(performance.now())
+    t.same(sizes, wanted, why)
+  }
+})
+
 t.test('through the gateway: requests that are let in, and what stays open', async (t) => {
   await using upstream = await startHttp((request, response) => {
     if (request.url !== '/stream') return void response.end('hello')
