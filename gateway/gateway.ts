@@ -3,13 +3,14 @@ import { randomBytes } from 'node:crypto'
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from 'node:http'
 import type { AddressInfo, DropArgument, Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
+import { setTimeout as pause } from 'node:timers/promises'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
 import type { Renewals as RenewalReport } from '#policies/wire.ts'
 import type { GatewayConfig } from './config.ts'
 import type { Edge } from './edge.ts'
 import { asksForWebSocket, finish, handle, handleUpgrade, refuseConnect } from './handle.ts'
-import { InFlight } from './in-flight.ts'
+import { InFlight, type Placed } from './in-flight.ts'
 import { Locator } from './locate.ts'
 import { answerClientError, noteDropped, sentTooFarAhead } from './malformed.ts'
 import { Metrics } from './metrics.ts'
@@ -50,8 +51,12 @@ export type Gateway = {
   close(): Promise<void>
 }
 
+type Connection = Placed & { readonly socket: Socket }
+
 const sweepMs = 1_000
 const guardRefreshMs = 10_000
+/** ms within which what is broken off has to be over. */
+const partingMs = 1_000
 
 export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   const guard = new UpstreamGuard(config.allowLoopbackUpstreams)
@@ -71,9 +76,9 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     maxMessage: config.maxMessageBytes,
   }
   let draining = false
-  let connections = 0
+  const connections = new InFlight<Connection>()
   const tunnels: Tunnels = new UpgradeRelay(relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, true), (visit) => finish(edge, visit), (sandbox) => table.tiesOf(sandbox))
-  const metrics = new Metrics({ routes: () => table.size, tunnels: () => tunnels.size, connections: () => connections, active: () => relays.size })
+  const metrics = new Metrics({ routes: () => table.size, tunnels: () => tunnels.size, connections: () => connections.size, active: () => relays.size })
   const edge: Edge = {
     table,
     locator: new Locator({ mode: config.mode, baseDomain: config.baseDomain.toLowerCase() }, table),
@@ -90,7 +95,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     hideMissing: config.hideMissing,
     uriCookies: config.uriCookies,
     draining: () => draining,
-    overloaded: () => connections > config.maxConnections,
+    overloaded: () => connections.size > config.maxConnections,
     access: deps.access,
     nextRequestId: requestIds(),
   }
@@ -116,8 +121,9 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   server.on('connect', (request: IncomingMessage, socket: Socket) => refuseConnect(edge, request, socket))
   server.on('clientError', (error: NodeJS.ErrnoException, socket: Socket) => answerClientError(edge, error, socket))
   server.on('connection', (socket: Socket) => {
-    connections++
-    socket.once('close', () => connections--)
+    const connection = { place: 0, socket }
+    connections.add(connection)
+    socket.once('close', () => connections.delete(connection))
   })
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
   server.maxConnections = config.maxConnections + refusalMargin(config.maxConnections)
@@ -137,17 +143,27 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     },
     async close() {
       draining = true
-      const closed = new Promise<void>((resolve) => server.close(() => resolve()))
-      server.closeIdleConnections()
+      const deadline = performance.now() + config.drainTimeout
+      // 1. Nobody new. A connection that never asked is no idle one for node:http.
+      server.close()
       tunnels.leave()
-      await provider.close()
-      await edge.renewals?.close(performance.now())
-      await Promise.race([settled(closed, relays, tunnels), delay(config.drainTimeout)])
+      for (const { socket } of connections.all()) if (socket.bytesRead === 0) socket.destroy()
+      let reported = edge.renewals === null
+      void edge.renewals?.close(performance.now()).finally(() => (reported = true))
+      // 2. What runs may end, and what falls idle meanwhile goes. Routes stay true: what ends in the table ends its connections.
+      await until(() => {
+        server.closeIdleConnections()
+        return connections.size === 0 && reported
+      }, deadline)
+      // 3. The rest is broken off, each exchange in the way that fits it, and leaves its access line.
+      for (const relay of relays.all()) relay.leave()
       tunnels.destroy()
-      server.closeAllConnections()
+      await until(() => relays.size === 0, performance.now() + partingMs)
+      for (const { socket } of connections.all()) socket.destroy()
+      await until(() => connections.size === 0, performance.now() + partingMs)
       table.endAll()
       for (const timer of timers) clearInterval(timer)
-      await closed
+      await provider.close()
     },
   }
 }
@@ -175,20 +191,14 @@ function listenOn(server: Server, config: GatewayConfig): Promise<number> {
   })
 }
 
-/** All connections closed, which upgraded ones do not count towards. */
-async function settled(closed: Promise<void>, relays: InFlight<Relay>, tunnels: Tunnels): Promise<void> {
-  await closed
-  // With the last connection gone, nothing but this timer keeps the process until all is told.
-  while (relays.size > 0 || tunnels.size > 0) await new Promise((resolve) => setTimeout(resolve, 20))
+/** Looks every few milliseconds. @returns when `over` says so, at the latest at the deadline */
+async function until(over: () => boolean, deadline: number): Promise<void> {
+  while (!over() && performance.now() < deadline) await pause(10)
 }
 
 /** Connections beyond the limit that still get their 503. */
 function refusalMargin(maxConnections: number): number {
   return Math.max(16, Math.floor(maxConnections / 10))
-}
-
-function delay(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms).unref())
 }
 
 function networks(list: readonly string[]): NetworkTable {

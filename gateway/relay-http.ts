@@ -100,12 +100,15 @@ class HttpRelay implements Relay, Handler, Exchange {
     const { firstByteTimeout, idleTimeout } = this.#options
     const quiet = now - this.lastByteAt
     if (!this.#bodyBegun && this.#visit.firstByteAt === 0) {
-      if (firstByteTimeout > 0 && quiet > firstByteTimeout) this.#giveUp('no answer in time')
-    } else if (idleTimeout > 0 && !this.#stream && quiet > idleTimeout) this.#giveUp('the connection fell silent')
+      if (firstByteTimeout > 0 && quiet > firstByteTimeout) this.#giveUp(new Fault('EDGE_UPSTREAM_TIMEOUT', 'no answer in time'))
+    } else if (idleTimeout > 0 && !this.#stream && quiet > idleTimeout) this.#giveUp(new Fault('EDGE_UPSTREAM_TIMEOUT', 'the connection fell silent'))
   }
 
-  #giveUp(why: string): void {
-    const fault = new Fault('EDGE_UPSTREAM_TIMEOUT', why)
+  leave(): void {
+    this.#giveUp(new Fault('EDGE_DRAINING'))
+  }
+
+  #giveUp(fault: Fault): void {
     if (this.#controller === null) this.#fail(fault)
     else this.#controller.abort(fault)
   }

@@ -16,6 +16,8 @@ export interface Relay extends Placed {
   clientClosed(): void
   /** Called about once a second. @param now ms since the process started */
   checkTimes(now: number): void
+  /** The gateway goes: ends the exchange, with words where there is room for them. */
+  leave(): void
 }
 
 /** Makes the relay of an admitted request; null: that port of the sandbox has as many as it may have. */

@@ -1,7 +1,8 @@
 /** What an operator relies on: health, faults, time limits, access lines, draining. */
-import { connect } from 'node:net'
+import type { IncomingMessage } from 'node:http'
+import { connect, type Socket } from 'node:net'
 import t from 'tap'
-import { ask, bodyOf, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+import { ask, bodyOf, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf, type TestGateway } from './support.ts'
 
 t.test('/status.ok for everybody, /readyz where no sandbox is named', async (t) => {
   await using upstream = await startHttp((request, response) => response.end(`app ${request.url}`))
@@ -79,7 +80,84 @@ t.test('the access line is JSON, whatever the request holds', async (t) => {
   t.match(first, { msg: 'request', request_id: 'mine-1', client: '127.0.0.1', method: 'GET', sandbox_id: 'a', port: upstream.port, path: '/p"\\q', status: 200, bytes_out: 5, code: '' })
   t.notOk(gateway.lines[0]?.includes('secret'), 'no query')
   t.match(second?.['request_id'], /^[0-9a-f]{12}-/, 'an odd request id is replaced')
-  for (const stage of ['duration_us', 'locate_us', 'dial_us', 'first_byte_us']) t.ok((first?.[stage] as number) >= 0, stage)
+})
+
+type Line = { msg: string; request_id: string; path: string; status: number; code: string; duration_us: number; locate_us: number; dial_us: number; first_byte_us: number }
+const linesOf = ({ lines }: TestGateway): Line[] => lines.map((line) => JSON.parse(line) as Line)
+
+t.test('the access line says where the time went', async (t) => {
+  // A timer may be a little early, and a request may always be late: nothing here is held to an upper limit.
+  const [before, within] = [50, 100]
+  const atLeast = (ms: number): number => (ms - 5) * 1_000
+  let finish: () => void = () => undefined
+  await using upstream = await startHttp((request, response) => {
+    if (request.url === '/at-once') return void response.end('whole')
+    setTimeout(() => response.write('half'), before)
+    finish = () => void response.end('whole')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port).send(get(`/a/${upstream.port}/slow`))
+  await client.until(({ received }) => received.includes('half'))
+  setTimeout(finish, within)
+  await client.untilClosed()
+  client.close()
+  for (const target of [`/a/${upstream.port}/at-once`, '/nobody/80/refused']) await ask(gateway.port, get(target))
+  await eventually(() => gateway.lines.length === 3, 'a line at the end of each')
+  const [slow, atOnce, refused] = linesOf(gateway) as [Line, Line, Line]
+  t.ok(slow.first_byte_us >= atLeast(before), `it waited for the answer: ${slow.first_byte_us}`)
+  t.ok(slow.duration_us >= slow.first_byte_us + atLeast(within), `and then for the rest of it, which is no stage: ${slow.duration_us}`)
+  for (const line of [slow, atOnce]) {
+    t.ok(line.locate_us > 0 && line.dial_us > 0 && line.first_byte_us > 0, `${line.path}: each stage takes a time`)
+    // Each of the four is rounded.
+    t.ok(line.locate_us + line.dial_us + line.first_byte_us <= line.duration_us + 2, `${line.path}: and they follow each other`)
+  }
+  t.match(refused, { dial_us: 0, first_byte_us: 0 }, 'a stage that was not reached took none')
+  t.ok(refused.duration_us > 0)
+})
+
+t.test('one line per request, with the id that the sandbox and the client got', async (t) => {
+  const seen = new Map<string, string>()
+  await using upstream = await startHttp((request, response) => {
+    seen.set(request.url as string, request.headers['x-request-id'] as string)
+    if (request.url === '/cut') return void response.write('half', () => response.destroy())
+    response.end('ok')
+  })
+  upstream.server.on('upgrade', (request: IncomingMessage, socket: Socket) => {
+    seen.set(request.url as string, request.headers['x-request-id'] as string)
+    socket.end(request.url === '/no' ? 'HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno' : 'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n')
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const own = (path: string): string => `/a/${upstream.port}${path}`
+  const upgrade = (target: string): string => get(target, 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==').replace('Connection: close', 'Connection: Upgrade')
+  const rows: [what: string, request: string, line: [msg: string, status: number, code: string], reaches?: string][] = [
+    ['an answer', get(own('/1')), ['request', 200, ''], '/1'],
+    ['the next', get(own('/2')), ['request', 200, ''], '/2'],
+    ['half an answer', get(own('/cut')), ['request', 200, 'EDGE_UPSTREAM_BROKEN'], '/cut'],
+    ['an upgrade, when it is over', upgrade(own('/yes')), ['upgrade', 101, ''], '/yes'],
+    ['an upgrade that the sandbox refuses', upgrade(own('/no')), ['request', 403, ''], '/no'],
+    ['one that the gateway refuses', upgrade('/nobody/80/'), ['request', 404, 'EDGE_NO_ROUTE']],
+    ['a refusal', get('/nobody/80/'), ['request', 404, 'EDGE_NO_ROUTE']],
+    ['no version of ours', get('/').replace('HTTP/1.1', 'HTTP/2.0'), ['request', 400, 'EDGE_BAD_REQUEST']],
+    ['CONNECT', get('a:80').replace('GET', 'CONNECT'), ['request', 405, 'EDGE_METHOD_NOT_ALLOWED']],
+    ['the gateway’s own answers', get('/status.ok'), ['request', 200, '']],
+    ['and again', get('/readyz'), ['request', 200, '']],
+  ]
+  const ids = new Set<string>()
+  for (const [what, request, [msg, status, code], reaches] of rows) {
+    const before = gateway.lines.length
+    const client = new RawClient(gateway.port, false).send(request)
+    const answer = await client.untilClosed()
+    client.close()
+    await eventually(() => gateway.lines.length > before, `${what}: logged`)
+    const line = linesOf(gateway).at(-1) as Line
+    t.match(line, { msg, status, code }, what)
+    if (reaches !== undefined) t.equal(seen.get(reaches), line.request_id, `${what}: the sandbox has the id`)
+    else if (code !== '') t.match(answer, `x-request-id: ${line.request_id}\r\n`, `${what}: the client has the id`)
+    ids.add(line.request_id)
+  }
+  t.equal(gateway.lines.length, rows.length, 'and no other lines')
+  t.equal(ids.size, rows.length, 'no id twice')
+  for (const id of ids) t.match(id, /^[0-9a-f]{12}-[0-9a-z]+$/)
 })
 
 t.test('time limits', async (t) => {
