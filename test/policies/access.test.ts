@@ -1,8 +1,11 @@
 /** Access by header and by the original's short signature; vectors computed by three implementations. */
+import crypto from 'node:crypto'
+import { syncBuiltinESMExports } from 'node:module'
 import t from 'tap'
 import { formatScope, looksLikeAccessToken, parseAccessToken, scopeCovers, wholeSandbox, type AccessScope } from '#policies/access-token.ts'
-import { decideAccess, decideStrongAccess, equalSecret, mintAccessToken, parseAccessKeys, readSecret, signShort, signStrong } from '#policies/access.ts'
+import { decideAccess, decideStrongAccess, equalSecret, mintAccessToken, parseAccessKeys, readSecret, signShort, signStrong, type AccessAnswer } from '#policies/access.ts'
 import type { Route } from '#policies/route.ts'
+import { entryCookie } from '../../gateway/entry.ts'
 
 t.test('short signatures', async (t) => {
   const rows: [secret: string, keyId: string, id: string, port: number, b36: string, signature: string][] = [
@@ -126,4 +129,57 @@ t.test('a signature that was found good is not computed again; everything else i
     [{ now: 2_000_000_001 }, 'expired'], [{ epoch: 4 }, 'revoked'], [{ method: 'POST' }, 'does not cover'], [{ path: '/apix' }, 'does not cover'],
     [{ id: 'sed' }, 'not valid'], [{ port: 9101 }, 'not valid'], [{ token: strong.token.slice(0, -2) + (strong.token.endsWith('AA') ? 'BB' : 'AA') }, 'not valid'], [{ ...withoutKeys, verified: new Map<string, true>() }, 'not valid'],
   ] as const) t.match(decide(change), wanted, JSON.stringify(Object.keys(change)))
+})
+
+t.test('whoever has to prove something is compared by timingSafeEqual, and by nothing else', async (t) => {
+  const real = crypto.timingSafeEqual
+  t.teardown(() => answerWith(real))
+  const asked: number[] = []
+  const answerWith = (answer: typeof real): void => {
+    crypto.timingSafeEqual = answer
+    // The policies imported it by name.
+    syncBuiltinESMExports()
+  }
+  const always = (answer: boolean) => (left: NodeJS.ArrayBufferView, right: NodeJS.ArrayBufferView): boolean => {
+    asked.push(left.byteLength - right.byteLength)
+    return answer
+  }
+  const secret = readSecret('c2VjcmV0LWE=') as Uint8Array
+  const keys = new Map([['a', secret]])
+  const now = 1_800_000_000
+  const route: Route = { id: 'sec', port: 9100, expires: 'x2qxvk', signature: '6a47d98fa' }
+  const token = mintAccessToken({ id: 'sec', port: 9100, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: 2_000_000_000n })
+  const short = { token: 'tok', header: undefined, route, keys, now }
+  const strong = { token, id: 'sec', port: 9100, method: 'GET', path: '/', epoch: 0, keys, now }
+  const long = 'x'.repeat(300)
+  const rows: [what: string, right: () => AccessAnswer, wrong: () => AccessAnswer][] = [
+    ['the header', () => decideAccess({ ...short, header: 'tok' }), () => decideAccess({ ...short, header: 'no' })],
+    ['a long header', () => decideAccess({ ...short, token: long, header: long }), () => decideAccess({ ...short, token: long, header: 'no' })],
+    ['a short signature', () => decideAccess(short), () => decideAccess({ ...short, route: { ...route, signature: '6a47d98ea' } })],
+    ['our own token', () => decideStrongAccess(strong), () => decideStrongAccess({ ...strong, port: 9101 })],
+  ]
+  for (const [what, right, wrong] of rows) {
+    answerWith(real)
+    t.same([right().ok, wrong().ok], [true, false], what)
+    // A comparison of another kind in front of it, behind it or instead of it would answer otherwise.
+    asked.length = 0
+    answerWith(always(true))
+    t.same([right().ok, wrong().ok], [true, true], `${what}: it alone lets in`)
+    answerWith(always(false))
+    t.same([right().ok, wrong().ok], [false, false], `${what}: it alone refuses`)
+    t.same(asked, [0, 0, 0, 0], `${what}: asked each time, for texts made equally long`)
+  }
+})
+
+t.test('a browser keeps its entry for an hour at most, and never longer than the token lasts', async (t) => {
+  const secret = readSecret('c2VjcmV0LWE=') as Uint8Array
+  const now = 1_800_000_000
+  const rows: [left: bigint, age: number, why: string][] = [
+    [600n, 600, 'as long as the token'], [1n, 1, ''], [3_599n, 3_599, ''], [3_600n, 3_600, 'an hour'], [3_601n, 3_600, 'no more than that'],
+    [10n * 31_536_000n, 3_600, 'ten years'], [2n ** 64n - 1n - BigInt(now), 3_600, 'for ever'], [0n, 0, 'its last second'], [-1n, 0, 'over'],
+  ]
+  for (const [left, age, why] of rows) {
+    const token = mintAccessToken({ id: 'sec', port: 9100, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: BigInt(now) + left })
+    for (const prefix of ['', '/sec/9100']) t.equal(/; Max-Age=(-?\d+)$/.exec(entryCookie(token, prefix, true, now + 0.9))?.[1], String(age), `${left} s left ${prefix} ${why}`)
+  }
 })
