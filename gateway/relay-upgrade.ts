@@ -252,9 +252,9 @@ class Tunnel implements Belonging {
   }
 
   destroy(_reason: Error): void {
+    this.fail(new Fault('EDGE_UPSTREAM_BROKEN'))
     this.#outgoing?.destroy()
     this.#upstream?.destroy()
-    this.#socket.destroy()
   }
 
   /** @param vanished the client's connection broke: the sandbox must not take that for an end */

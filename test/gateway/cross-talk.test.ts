@@ -217,8 +217,7 @@ t.test('a request under way when its sandbox ends never reaches who has the addr
   const reborn = 'its sandbox gets a new life'
   const arrives = /^HTTP\/1\.1 200 .*the owner$/s
   const broken = /^HTTP\/1\.1 502 .*"the sandbox ended"/s
-  // As a tunnel that stands is closed.
-  const closed = /^$/
+  const unavailable = /^HTTP\/1\.1 503 .*Service Unavailable\n$/s
   const rows: [ask: keyof typeof asks, where: string, open: (host: string) => Promise<Silent>, fate: string, answer: RegExp][] = [
     // These arrive: without them the others would pass, too, if nothing were ever tried again.
     ['GET', 'waits for its next try', closedPort, goesOn, arrives],
@@ -232,8 +231,8 @@ t.test('a request under way when its sandbox ends never reaches who has the addr
       ['POST', 'waits for its next try', closedPort, fate, broken],
       ['GET', 'is dialling', deafPort, fate, broken],
       ['GET', 'waits for its answer', mutePort, fate, broken],
-      ['upgrade', 'is dialling', deafPort, fate, closed],
-      ['upgrade', 'waits for its 101', mutePort, fate, closed],
+      ['upgrade', 'is dialling', deafPort, fate, unavailable],
+      ['upgrade', 'waits for its 101', mutePort, fate, unavailable],
     )
   }
   // All at once, because most of the time is waiting; each with an address of its own, so that nobody else takes the port that is free for a while.
