@@ -95,7 +95,8 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     hideMissing: config.hideMissing,
     uriCookies: config.uriCookies,
     draining: () => draining,
-    overloaded: () => connections.size > config.maxConnections,
+    // A request costs a descriptor, too, and a connection may have several of them sent ahead.
+    overloaded: () => connections.size > config.maxConnections || relays.size >= config.maxConnections,
     access: deps.access,
     nextRequestId: requestIds(),
   }

@@ -15,6 +15,8 @@ export class KeyRing {
   #looking: Promise<void> | null = null
   /** '' so that the first look reads once more: the file may have changed since the start. */
   #version = ''
+  /** Stamp of the file whose problem was told last. */
+  #told = ''
 
   /** @param path '' when the keys are given as text; @param onProblem told about a changed file that could not be taken */
   constructor(text: string, path: string, onProblem: (reason: string) => void) {
@@ -25,8 +27,11 @@ export class KeyRing {
 
   /** @throws ConfigError when the keys cannot be read */
   start(): void {
-    this.keys = this.#read()
-    if (this.#path === '') return
+    if (this.#path === '') {
+      this.keys = parse(this.#text, '--secure-access-keys')
+      return
+    }
+    this.keys = parse(readText(this.#path), this.#path)
     this.#timer = setInterval(() => {
       this.#looking ??= this.#look().finally(() => (this.#looking = null))
     }, lookEveryMs)
@@ -40,19 +45,23 @@ export class KeyRing {
   async #look(): Promise<void> {
     const version = await fileStamp(this.#path)
     if (version === this.#version) return
-    this.#version = version
     try {
-      this.keys = this.#read()
+      const text = readText(this.#path)
+      // A file that could not be opened (no descriptor left, no permission) is tried again; one with a mistake waits for its next change.
+      this.#version = version
+      this.keys = parse(text, this.#path)
+      this.#told = ''
     } catch (error) {
-      this.#onProblem((error as Error).message)
+      if (version !== this.#told) this.#onProblem((error as Error).message)
+      this.#told = version
     }
   }
+}
 
-  #read(): AccessKeys {
-    const read = parseAccessKeys(this.#path === '' ? this.#text : readText(this.#path), this.#path === '' ? '--secure-access-keys' : this.#path)
-    if (!read.ok) throw new ConfigError(read.problems)
-    return read.keys
-  }
+function parse(text: string, where: string): AccessKeys {
+  const read = parseAccessKeys(text, where)
+  if (!read.ok) throw new ConfigError(read.problems)
+  return read.keys
 }
 
 /** One key a line or separated by commas. */

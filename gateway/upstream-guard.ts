@@ -6,7 +6,7 @@ import { lookup as dnsLookup, type LookupAddress, type LookupOptions } from 'nod
 import { isIP } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
-import { Fault } from '#policies/fault.ts'
+import { Fault, toFault } from '#policies/fault.ts'
 import { isHostName } from '#policies/host.ts'
 
 const loopback = 0
@@ -20,7 +20,7 @@ export type LookupCallback = (error: Error | null, address?: string | LookupAddr
 export class UpstreamGuard {
   readonly #allowLoopback: boolean
   readonly #addresses: () => readonly string[]
-  #own: ReadonlySet<string> = new Set()
+  #own: ReadonlySet<string>
   /** Verdicts since the last `refresh`: every request asks, and addresses seldom change. */
   readonly #verdicts = new Map<string, boolean>()
 
@@ -31,12 +31,21 @@ export class UpstreamGuard {
   constructor(allowLoopback: boolean, addresses: () => readonly string[] = interfaceAddresses) {
     this.#allowLoopback = allowLoopback
     this.#addresses = addresses
-    this.refresh()
+    this.#own = this.#readOwn()
   }
 
+  /** Asking takes a descriptor. When none is left, what was known holds until it is asked again. */
   refresh(): void {
-    this.#own = new Set(this.#addresses().map((address) => canonicalAddress(address) ?? address))
+    try {
+      this.#own = this.#readOwn()
+    } catch {
+      return
+    }
     this.#verdicts.clear()
+  }
+
+  #readOwn(): ReadonlySet<string> {
+    return new Set(this.#addresses().map((address) => canonicalAddress(address) ?? address))
   }
 
   /** May the gateway dial this host? A name is judged by its form here and by its addresses when it is dialled. */
@@ -58,7 +67,8 @@ export class UpstreamGuard {
   /** A `lookup` for net.connect that refuses a name as soon as one of its addresses is refused. */
   readonly lookup = (name: string, options: LookupOptions, callback: LookupCallback): void => {
     dnsLookup(name, { ...options, all: true }, (error, found) => {
-      if (error !== null) return callback(new Fault('EDGE_UPSTREAM_REFUSED', 'the name of the sandbox does not resolve', { cause: error }))
+      // No descriptor left to ask with: that is not the name's fault.
+      if (error !== null) return callback(toFault(error).code === 'EDGE_OVERLOADED' ? toFault(error) : new Fault('EDGE_UPSTREAM_REFUSED', 'the name of the sandbox does not resolve', { cause: error }))
       const first = found[0]
       if (first === undefined || found.some(({ address }) => !this.#allowsAddress(address))) return callback(new Fault('EDGE_UPSTREAM_FORBIDDEN'))
       return options.all === true ? callback(null, found) : callback(null, first.address, first.family)

@@ -20,7 +20,9 @@ export class StaticProvider implements Provider {
   readonly #options: StaticOptions
   readonly #table: RouteTable
   #timer: NodeJS.Timeout | null = null
+  /** Stamp of the file that was read last, and of the one whose problem was told last. */
   #version = ''
+  #told = ''
   #reading: Promise<void> | null = null
 
   constructor(options: StaticOptions, table: RouteTable) {
@@ -30,8 +32,7 @@ export class StaticProvider implements Provider {
 
   /** @throws ConfigError when the file cannot be read or has problems: a gateway never starts with half its routes */
   async start(): Promise<void> {
-    this.#version = await fileStamp(this.#options.path)
-    await this.#load()
+    await this.#load(await fileStamp(this.#options.path))
     this.#table.alive(Infinity)
     this.#timer = setInterval(() => {
       this.#reading ??= this.#look().finally(() => (this.#reading = null))
@@ -45,22 +46,26 @@ export class StaticProvider implements Provider {
   }
 
   async #look(): Promise<void> {
+    const version = await fileStamp(this.#options.path)
+    if (version === this.#version) return
     try {
-      const version = await fileStamp(this.#options.path)
-      if (version === this.#version) return
-      this.#version = version
-      await this.#load()
+      await this.#load(version)
+      this.#told = ''
     } catch (error) {
-      this.#options.onProblem((error as Error).message)
+      if (version !== this.#told) this.#options.onProblem((error as Error).message)
+      this.#told = version
     }
   }
 
   /** Takes the file a slice at a time, and gives way to requests between two of them. */
-  async #load(): Promise<void> {
+  async #load(version: string): Promise<void> {
     const { path } = this.#options
     const reader = new StaticRoutesReader()
     try {
-      const slices = readInSlices(await readFile(path), 'sandboxes')
+      const bytes = await readFile(path)
+      // A file that could not be opened (no descriptor left, no permission) is tried again; one with a mistake waits for its next change.
+      this.#version = version
+      const slices = readInSlices(bytes, 'sandboxes')
       let slice = slices.next()
       for (; slice.done !== true; slice = slices.next()) {
         reader.readSandboxes(slice.value)
