@@ -146,7 +146,9 @@ function readEnvironment(env: Readonly<Record<string, string | undefined>>, prob
   for (const key of [...Object.keys(GatewayConfigSchema.properties), ...[...secrets].map((name) => `${name}File`)]) {
     const name = `SALLYPORT_GATEWAY_${kebab(key).replaceAll('-', '_').toUpperCase()}`
     const value = env[name]
-    if (value !== undefined && value !== '') setOption(values, key, value, name, problems)
+    // Kubernetes tells every pod of a Service named `sallyport-gateway` in this way, unasked.
+    const told = key === 'port' && value?.startsWith('tcp://')
+    if (value !== undefined && value !== '' && !told) setOption(values, key, value, name, problems)
   }
   return values
 }

@@ -48,11 +48,18 @@ export function schemaProblems(schema: TSchema, value: unknown, at = ''): Proble
     const names = params.requiredProperties ?? params.additionalProperties ?? ['']
     for (const name of names) {
       const path = joinPath(at, error.instancePath, name)
-      const reason = params.requiredProperties !== undefined ? 'is required' : params.additionalProperties !== undefined ? 'is not a known key' : error.message
+      const reason = params.requiredProperties !== undefined ? `is required${error.instancePath === '' ? choicesFor(schema, name) : ''}` : params.additionalProperties !== undefined ? 'is not a known key' : error.message
       if (!found.has(path)) found.set(path, { path, reason })
     }
   }
   return [...found.values()]
+}
+
+/** `: one of …` for a property of the document that takes a few words only. */
+function choicesFor(schema: TSchema, name: string): string {
+  const property = (schema as { properties?: Record<string, { anyOf?: { const?: unknown }[] }> }).properties?.[name]
+  const words = property?.anyOf?.map((choice) => choice.const) ?? []
+  return words.length === 0 || words.includes(undefined) ? '' : `: one of ${words.map((word) => JSON.stringify(word)).join(', ')}`
 }
 
 function joinPath(at: string, pointer: string, name: string): string {

@@ -55,6 +55,7 @@ t.test('configuration: flags in Go syntax, environment, file, every problem at o
   t.same(problemsOf([...server, '--bogus', 'x', '--bogus2', '--port=1']), ['--bogus is not a known flag', '--bogus2 is not a known flag'])
   for (const host of ['localhost', '::1', '0.0.0.0', 'a.example']) t.same(problemsOf([...server, '--host', host]), [], host)
   for (const [argv, part] of [
+    [[], '--provider is required: one of "static", "server"'],
     [['--provider', 'static'], '--routes is required'],
     [['--provider', 'server', '--server-url', 'ftp://x'], '--server-url must be'],
     [['--provider', 'server', '--server-url', 'http://x'], '--server-token is required'],
@@ -75,6 +76,7 @@ t.test('configuration: flags in Go syntax, environment, file, every problem at o
   t.equal(readGatewayConfig(['--provider=server', '--server-url=http://s', '--server-token-file', join(folder, 'token')], {}).config.serverToken, 'from-file')
   t.ok(problemsOf([...server, '--config', join(folder, 'c.toml')]).some((problem) => problem.includes('nonsense is not a known option')))
   writeFileSync(join(folder, 'c.toml'), 'port = 5\nbase_domain = "file.test"\n')
+  t.match(readGatewayConfig([...server, '--config', join(folder, 'c.toml')], { SALLYPORT_GATEWAY_PORT: 'tcp://10.96.0.7:28888' }).config, { port: 5, baseDomain: 'file.test' }, 'what Kubernetes says of a Service with our name is not for us')
   t.match(readGatewayConfig([...server, '--config', join(folder, 'c.toml')], { SALLYPORT_GATEWAY_PORT: '6' }).config, { port: 6, baseDomain: 'file.test' }, 'the environment wins over the file')
 })
 
