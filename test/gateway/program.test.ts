@@ -1,53 +1,38 @@
 /** The program as a user starts it: flags, exit codes, reloads, signals, workers. */
-import { spawn, type ChildProcess } from 'node:child_process'
-import { once } from 'node:events'
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync, writeFileSync } from 'node:fs'
 import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
 import { parseAccessKeys, signShort } from '#policies/access.ts'
+import { listening, main, start, startAs, startWith } from './program.ts'
 import { ask, bodyOf, eventually, get, RawClient, startHttp, startRaw, statusOf } from './support.ts'
 
-const main = new URL('../../gateway/main.ts', import.meta.url).pathname
 const folder = mkdtempSync(join(tmpdir(), 'gateway-program-'))
 t.teardown(() => rmSync(folder, { recursive: true }))
-
-type Program = AsyncDisposable & { child: ChildProcess; output: () => string; code: Promise<number | null> }
-
-function start(...argv: string[]): Program {
-  return startAs([process.execPath, main, ...argv])
-}
-
-function startAs([file, ...argv]: string[]): Program {
-  const child = spawn(file as string, argv, { stdio: ['ignore', 'pipe', 'pipe'], env: { PATH: process.env['PATH'] } })
-  let output = ''
-  child.stdout.on('data', (chunk: Buffer) => (output += chunk.toString()))
-  child.stderr.on('data', (chunk: Buffer) => (output += chunk.toString()))
-  // Not at its exit: what it wrote last may still be on its way then.
-  const code = once(child, 'close').then(([status]) => status as number | null)
-  return {
-    child,
-    output: () => output,
-    code,
-    async [Symbol.asyncDispose]() {
-      child.kill('SIGKILL')
-      await code
-    },
-  }
-}
-
-async function listening(program: Program): Promise<number> {
-  await eventually(() => /"msg":"listening"/.test(program.output()) || program.child.exitCode !== null, `listening: ${program.output()}`, 15_000)
-  const line = program.output().split('\n').find((text) => text.includes('"msg":"listening"'))
-  if (line === undefined) throw new Error(program.output())
-  return (JSON.parse(line) as { port: number }).port
-}
 
 function routesFile(name: string, sandboxes: unknown[]): string {
   const path = join(folder, name)
   writeFileSync(path, JSON.stringify({ sandboxes }))
   return path
+}
+
+/** For each socket that listens on the port, those of the processes that hold it. */
+function holders(port: number, pids: readonly number[]): number[][] {
+  const targetOf = (path: string): string => {
+    try {
+      return readlinkSync(path)
+    } catch {
+      // Closed since it was listed.
+      return ''
+    }
+  }
+  const socketsOf = (pid: number): string[] => readdirSync(`/proc/${pid}/fd`).map((fd) => targetOf(`/proc/${pid}/fd/${fd}`))
+  const sockets = pids.map((pid) => [pid, new Set(socketsOf(pid))] as const)
+  const lines = ['/proc/net/tcp', '/proc/net/tcp6'].flatMap((path) => readFileSync(path, 'utf8').split('\n').map((line) => line.trim().split(/\s+/)))
+  // The second field is the local address, the fourth the state (0A: listens), the tenth the inode.
+  const listening = lines.filter(([, local = '', , state]) => state === '0A' && Number.parseInt(local.split(':')[1] ?? '', 16) === port)
+  return listening.map((fields) => sockets.filter(([, held]) => held.has(`socket:[${fields[9]}]`)).map(([pid]) => pid))
 }
 
 t.test('a wrong configuration: every problem, exit 64, no port', async (t) => {
@@ -60,6 +45,25 @@ t.test('a wrong configuration: every problem, exit 64, no port', async (t) => {
   await using keyless = start('--port', '0', '--provider', 'static', '--routes', routesFile('empty.json', []), '--secure-access-keys-file', join(folder, 'missing'))
   t.equal(await keyless.code, 64)
   t.notMatch(keyless.output(), 'listening')
+})
+
+t.test('problems of the command line, the environment and a file are reported together, before the port is opened', async (t) => {
+  const wrong = join(folder, 'wrong.toml')
+  writeFileSync(wrong, 'nonsense = 1\nheader_timeout = "soon"\n')
+  // Whoever tried to open this port would say so, and exit with 69.
+  await using taken = await startRaw(() => undefined)
+  const argv = ['--nope', '--mode=nonsense', '--provider=static', `--routes=${routesFile('none.json', [])}`, `--config=${wrong}`, '--host=127.0.0.1', `--port=${taken.port}`]
+  await using program = startAs([process.execPath, main, ...argv], { SALLYPORT_GATEWAY_WORKERS: 'two', SALLYPORT_GATEWAY_SERVER_TOKEN_FILE: '/nowhere' })
+  t.equal(await program.code, 64)
+  const paths = program.output().trimEnd().split('\n').map((line) => /^gateway: (.*?): /.exec(line)?.[1])
+  t.same(paths.sort(), ['--header-timeout', '--mode', '--nope', '--workers', 'SALLYPORT_GATEWAY_SERVER_TOKEN_FILE', wrong].sort(), program.output())
+})
+
+t.test("the arguments of the original's chart alone: one line says what is missing, exit 64", async (t) => {
+  const chart = ['--namespace=opensandbox', '--port=0', '--provider-type=batchsandbox', '--mode=header', '--log-level=info', '--secure-access-keys=a=c2VjcmV0LWE=']
+  await using program = start(...chart)
+  t.equal(await program.code, 64)
+  t.match(program.output(), /^gateway: --provider: is required.*\n$/)
 })
 
 t.test("the original's arguments start it, a file reload changes routes and keys, SIGTERM ends it", async (t) => {
@@ -107,7 +111,6 @@ t.test('metrics on a listener of their own, access lines in a file', async (t) =
   t.equal(await (await fetch(`http://127.0.0.1:${adminPort}/readyz`)).text(), 'OK')
   program.child.kill('SIGTERM')
   t.equal(await program.code, 0)
-  const { readFileSync } = await import('node:fs')
   t.match(readFileSync(log, 'utf8'), /"code":"EDGE_NO_ROUTE"/)
 })
 
@@ -141,6 +144,8 @@ t.test('two workers share the port, and are one gateway to who asks the admin li
   }
   await eventually(() => pids().length === 2, 'both', 15_000)
   await readyEventually(/^OK$/)
+  const apart = (alive: number[]): void => t.same(holders(port, [program.child.pid as number, ...alive]).sort(), alive.map((pid) => [pid]).sort(), 'each worker has a socket of its own for the port') as unknown as void
+  apart(pids())
   await refuse(40)
   t.same(await missing(refused(40), 'sallyport_gateway_workers 2', 'sallyport_gateway_routes 1', 'ingress_http_request_duration_seconds_count{method="GET",proxy_type="http"} 40', '# TYPE ingress_http_request_duration_seconds histogram'), [], 'the kernel spread them, and they are counted together')
   process.kill(pids()[0] as number, 'SIGSTOP')
@@ -150,6 +155,7 @@ t.test('two workers share the port, and are one gateway to who asks the admin li
   await eventually(() => pids().length === 3, 'a new worker', 15_000)
   await readyEventually(/^OK$/)
   t.same(await missing(refused(40), 'sallyport_gateway_workers 2'), [], 'what the dead one counted stays')
+  apart(pids().slice(1))
   await refuse(5)
   t.same(await missing(refused(45)), [])
 
@@ -166,7 +172,7 @@ t.test('two workers share the port, and are one gateway to who asks the admin li
 
 t.test('few descriptors: refused with 503 beyond them, and back to work after', async (t) => {
   await using upstream = await startHttp((_request, response) => response.end('ok'))
-  await using program = startAs(['sh', '-c', 'ulimit -n 300; exec "$@"', 'sh', process.execPath, main, '--port=0', '--mode=uri', '--provider=static', `--routes=${routesFile('few.json', [{ id: 'a', host: '127.0.0.1' }])}`, '--allow-loopback-upstreams'])
+  await using program = startWith(300, '--port=0', '--mode=uri', '--provider=static', `--routes=${routesFile('few.json', [{ id: 'a', host: '127.0.0.1' }])}`, '--allow-loopback-upstreams')
   const port = await listening(program)
   t.match(program.output(), 'ulimit')
   const target = get(`/a/${upstream.port}/`)
