@@ -13,7 +13,7 @@ import { decideName } from '#policies/decide.ts'
 import type { Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
 import type { Firewall, Opened } from './firewall.ts'
-import type { AddressJudge } from './judge.ts'
+import { deniedAlias, type AddressJudge } from './judge.ts'
 import { added, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
 import { leaseSeconds } from './ruleset.ts'
 
@@ -115,7 +115,7 @@ class Course {
     if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return this.refuse(rcodes.servFail, 'no-upstream', this.verdict)
     if (found.truncated) return this.settle(truncatedReply(this.query, question.end), 'answered', this.verdict, none)
     if (rules !== deps.firewall.rules) return this.judgeName()
-    const denied = deniedAlias(rules, found)
+    const denied = deniedAlias(rules, found.aliases)
     if (denied !== null) return this.refuse(rcodes.nxDomain, 'denied', denied)
     let allowed: AddressRecord[] | null = null
     let addresses: string[] | null = null
@@ -134,7 +134,7 @@ class Course {
       const reply = composeReply({ query: this.query, question, message, found, allowed: allowed ?? none, seconds, strict: rules.defaultAction === 'deny' })
       this.settle(reply, 'answered', this.verdict, opening)
     }
-    const opened = opening.length === 0 ? 'open' : deps.firewall.open(question.name as string, opening, seconds, rules)
+    const opened = opening.length === 0 ? 'open' : deps.firewall.open(question.name as string, found.aliases, opening, seconds, rules)
     if (typeof opened === 'string') tell(opened)
     else void opened.then(tell)
   }
@@ -156,19 +156,18 @@ function contradicts({ rcode, addresses }: Answer): boolean {
   return rcode === rcodes.nxDomain && addresses.length > 0
 }
 
+/** Counts policies: a remembered question must not keep the rules in memory that it was judged by. */
+let counted: Rules | null = null
+let count = 0
+
 /** `decideName`, once for each policy: the same question comes again and again, and as the same object (`packet.ts`). */
 function judgeName(rules: Rules, question: Question): Verdict {
-  const { judged } = question
-  if (judged.rules === rules && judged.verdict !== null) return judged.verdict
-  judged.rules = rules
-  return (judged.verdict = decideName(rules, question.name))
-}
-
-/** The verdict of a rule (not of the default) that denies a name of the chain: its author did not mean "unless reached by an alias". */
-function deniedAlias(rules: Rules, found: Answer): Verdict | null {
-  for (const alias of found.aliases) {
-    const verdict = decideName(rules, alias)
-    if (verdict.reason === 'rule-denies' || verdict.reason === 'malformed-name') return verdict
+  if (rules !== counted) {
+    counted = rules
+    count++
   }
-  return null
+  const { judged } = question
+  if (judged.policy === count && judged.verdict !== null) return judged.verdict
+  judged.policy = count
+  return (judged.verdict = decideName(rules, question.name))
 }

@@ -6,6 +6,8 @@
 import { randomBytes } from 'node:crypto'
 import { createSocket } from 'node:dgram'
 import { connect } from 'node:net'
+import type { Rules } from '#policies/compile.ts'
+import { decideAddress } from '#policies/decide.ts'
 import type { Nft } from './nft.ts'
 import { recordTypes } from './packet.ts'
 import { writeQuestion } from './question.ts'
@@ -20,7 +22,7 @@ export type Probe = {
 export type CheckInput = {
   readonly nft: Nft
   readonly filter: boolean
-  readonly denyByDefault: boolean
+  readonly rules: Rules
   readonly probe: Probe
   /** Sends one question by the exempt sockets; resolves when it was answered or given up. */
   readonly askUpstream: (query: Buffer, questionEnd: number) => Promise<unknown>
@@ -35,12 +37,13 @@ const loopMs = 30
 
 /** All reasons why the namespace is not protected; empty when it is. */
 export async function failedChecks(input: CheckInput): Promise<string[]> {
-  const [rules, redirect, elsewhere, loop] = await Promise.all([rulesPresent(input), redirectAnswers(), refusedElsewhere(input), noLoop(input)])
-  return [rules, redirect, elsewhere, loop].filter((problem) => problem !== null)
+  const [present, redirect, elsewhere, loop] = await Promise.all([rulesPresent(input), redirectAnswers(), refusedElsewhere(input), noLoop(input)])
+  return [present, redirect, elsewhere, loop].filter((problem) => problem !== null)
 }
 
 /** Why the kernel does not hold our rules; null when it does. */
-export async function rulesPresent({ nft, filter, denyByDefault }: Pick<CheckInput, 'nft' | 'filter' | 'denyByDefault'>): Promise<string | null> {
+export async function rulesPresent({ nft, filter, rules }: Pick<CheckInput, 'nft' | 'filter' | 'rules'>): Promise<string | null> {
+  const denyByDefault = rules.defaultAction === 'deny'
   const [nat = '', egress = ''] = (await Promise.all(listStatements.map((statement) => nft.apply([statement])))).map(chainOf)
   const policy = filter && denyByDefault ? 'drop' : 'accept'
   const redirects = nat.startsWith('type nat hook output priority -110;') && nat.endsWith(`redirect to :${dnsPort}`)
@@ -81,10 +84,10 @@ function questionTo(address: string): Promise<'answered' | 'silence' | 'unroutab
   })
 }
 
-/** Under default deny any place, under default allow a place that no policy opens (DNS over TLS). */
-function refusedElsewhere({ filter, denyByDefault }: CheckInput): Promise<string | null> {
+/** A place that this policy does not open; where it opens every address, a port that none opens (DNS over TLS). */
+function refusedElsewhere({ filter, rules }: CheckInput): Promise<string | null> {
   if (!filter) return Promise.resolve(null)
-  const port = denyByDefault ? 443 : 853
+  const port = decideAddress(rules, nobody).action === 'deny' ? 443 : 853
   return new Promise((resolve) => {
     const socket = connect({ host: nobody, port })
     const timer = setTimeout(() => end(`a connection to a place nobody allowed (port ${port}) was not refused`), waitMs)

@@ -12,10 +12,10 @@
  */
 import { decideName } from '#policies/decide.ts'
 import type { Rules } from '#policies/compile.ts'
-import type { AddressJudge } from './judge.ts'
+import { deniedAlias, type AddressJudge } from './judge.ts'
 import type { Nft } from './nft.ts'
 import { chooseGivenUp, readLeases } from './full-table.ts'
-import { forgetStatements, learnedSets, openStatements, policyStatements, type RulesetInput } from './ruleset.ts'
+import { banStatements, forgetStatements, learnedSets, openStatements, policyStatements, unbanStatements, type RulesetInput } from './ruleset.ts'
 
 /** `stale`: the policy changed meanwhile, judge again. `failed`: the kernel did not confirm, the address must not be told. */
 export type Opened = 'open' | 'stale' | 'failed'
@@ -29,19 +29,28 @@ export type Firewall = {
   readonly updates: number
   /** Kernel first: when it resolves, addresses that only the old policy allowed are shut and `rules` is the new one. */
   replace(rules: Rules): Promise<void>
-  /** Opens addresses that `name` led to, for `seconds`, as judged under `rules`. At once when all of them are open. */
-  open(name: string, addresses: readonly string[], seconds: number, rules: Rules): Opened | Promise<Opened>
+  /**
+   * Opens addresses that `name` led to, by way of `aliases`, for `seconds`, as judged under `rules`. At once when all of them are open;
+   * `failed` also where there are more than the kernel is to hold.
+   */
+  open(name: string, aliases: readonly (string | null)[], addresses: readonly string[], seconds: number, rules: Rules): Opened | Promise<Opened>
 }
 
 /** Addresses kept at a time; beyond that those that nobody uses are given up, down to the second number. The kernel's sets hold more. */
 const maxLearned = 32768
 const keptWhenFull = maxLearned - 4096
+/** No further ones at all: room is made slower than answers with thousands of addresses come in. */
+const mostLearned = 40960
+/** Addresses of one transaction: nft needs memory for all of it at once. */
+const mostAtOnce = 8192
 /** Names remembered per address: it stays open while one of them is allowed. */
 const maxNames = 16
 /** A lease that covers the client's TTL and this many ms is not extended again. */
 const slackMs = 30_000
 
-type Learned = { until: number; names: string[]; batch: Batch | null }
+/** A name that led to an address, and the names in between. */
+type Lead = { readonly name: string; readonly aliases: readonly (string | null)[] }
+type Learned = { until: number; leads: Lead[]; batch: Batch | null }
 
 class Batch {
   readonly elements = new Map<string, number>()
@@ -60,10 +69,12 @@ export type FirewallDeps = {
   readonly setting: Omit<RulesetInput, 'rules' | 'generation'>
   readonly mayOpen: AddressJudge
   readonly now: () => number
+  /** Not the same after a restart: the kernel remembers the connections of the generations before. */
+  readonly firstGeneration: number
 }
 
 /** The boot rules must be in place; `initial` is loaded when the promise resolves. */
-export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now }: FirewallDeps): Promise<Firewall> {
+export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now, firstGeneration }: FirewallDeps): Promise<Firewall> {
   const learned = new Map<string, Learned>()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
@@ -71,10 +82,11 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   let banned = false
   let makingRoom = false
   let rules = initial
-  let generation = 1
+  let generation = firstGeneration
   let updates = 0
   let next: Batch | null = null
   let working = false
+  let sending: Promise<unknown> = Promise.resolve()
   let replacements: Promise<unknown> = Promise.resolve()
   let replacing = 0
 
@@ -87,24 +99,33 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     while (next !== null && replacing === 0) {
       const batch: Batch = next
       next = null
-      batch.settle(await send(batch))
+      const sent = send(batch)
+      sending = sent
+      batch.settle(await sent)
     }
     working = false
   }
 
   async function send(batch: Batch): Promise<Opened> {
-    const shut = [...unwanted]
     let result: Opened = 'open'
     try {
-      await nft.apply([...(shut.length > 0 || banned ? forgetStatements(shut) : []), ...openStatements(batch.elements, batch.known)], openTimeoutMs)
-      updates++
-      banned = false
-      for (const address of shut) unwanted.delete(address)
+      await forgetUnwanted(openStatements(batch.elements, batch.known), openTimeoutMs)
     } catch {
       result = 'failed'
     }
     release(batch, result === 'open')
     return result
+  }
+
+  /** Deletes what is unwanted, and lifts the ban on it; `more` comes with the last transaction. */
+  async function forgetUnwanted(more: readonly string[], timeoutMs: number): Promise<void> {
+    for (let last = false; !last; updates++) {
+      last = unwanted.size <= mostAtOnce
+      const part = [...unwanted].slice(0, mostAtOnce)
+      await nft.apply([...forgetStatements(part), ...(last && banned ? unbanStatements() : []), ...(last ? more : [])], timeoutMs)
+      for (const address of part) unwanted.delete(address)
+      if (last) banned = false
+    }
   }
 
   // An address that may not have reached the kernel stays in the table, so that a later policy shuts it if it did.
@@ -117,13 +138,10 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     }
   }
 
-  function enqueue(address: string, name: string, wanted: number, seconds: number): Batch | null {
+  function enqueue(address: string, name: string, aliases: readonly (string | null)[], wanted: number, seconds: number): Batch | null {
     const before = learned.get(address)
-    const entry: Learned = before ?? { until: 0, names: [], batch: null }
-    if (entry.names[0] !== name && !entry.names.includes(name)) {
-      if (entry.names.length >= maxNames) entry.names.shift()
-      entry.names.push(name)
-    }
+    const entry: Learned = before ?? { until: 0, leads: [], batch: null }
+    noteLead(entry.leads, name, aliases)
     if (entry.until >= wanted - slackMs) return entry.batch
     next ??= new Batch()
     if (before !== undefined || unwanted.has(address)) next.known.add(address)
@@ -137,7 +155,12 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     return next
   }
 
-  // Meanwhile the table grows on; a flood of answers ends at the size of the kernel's sets.
+  function tooMany(addresses: readonly string[]): boolean {
+    if (learned.size + addresses.length > mostLearned && addresses.some((address) => !learned.has(address))) return true
+    return (next === null ? 0 : next.elements.size) + addresses.length > mostAtOnce
+  }
+
+  // Meanwhile the table grows on, up to the number that nothing passes.
   async function makeRoom(): Promise<void> {
     makingRoom = true
     const leases = await Promise.all(learnedSets.map((set) => nft.list(set))).then((listings) => readLeases(listings.join('')), () => null)
@@ -151,30 +174,44 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   }
 
   async function commit(wanted: Rules): Promise<void> {
-    for (const [address, entry] of learned) if (!stillAllowed(wanted, address, entry, mayOpen)) unwanted.add(address)
+    // What is on its way was judged under the policy that still holds.
+    await sending
     const lost = [...unwanted]
+    for (const [address, entry] of learned) if (!stillAllowed(wanted, address, entry, mayOpen)) lost.push(address)
     generation = (generation % 0x7fffffff) + 1
-    await nft.apply(policyStatements({ ...setting, rules: wanted, generation }, lost), replaceTimeoutMs)
+    // A packet that is inside the old chain at that moment may renew its address just behind its deletion, and its connection would then be
+    // taken for one of the new policy. Hence addresses are banned by name first, and deleted when no packet is in the old chain any more.
+    let named = 0
+    try {
+      for (; lost.length - named > mostAtOnce; named += mostAtOnce) await nft.apply(banStatements(lost.slice(named, named + mostAtOnce)), replaceTimeoutMs)
+      await nft.apply([...banStatements(lost.slice(named)), ...policyStatements({ ...setting, rules: wanted, generation }, lost)], replaceTimeoutMs)
+    } catch (error) {
+      // The old policy holds. Whether the kernel has these addresses, and bans them, is asked anew with the next answer that needs one.
+      for (const address of lost) {
+        const entry = learned.get(address)
+        if (entry !== undefined) entry.until = 0
+      }
+      banned ||= named > 0
+      throw error
+    }
     updates++
     rules = wanted
-    for (const address of lost) learned.delete(address)
+    for (const address of lost) {
+      learned.delete(address)
+      unwanted.add(address)
+    }
     // What waits was judged under the old policy and has not reached the kernel.
     if (next !== null) {
       release(next, false)
       next.settle('stale')
       next = null
     }
-    // A packet that was inside the old chain at that moment may have renewed its address just behind the deletion, and its connection
-    // would then be taken for one of the new policy. Hence the ban. The packet has left the chain by now. Should this fail, the next
-    // transaction does it.
     if (lost.length === 0) return
     banned = true
     try {
-      await nft.apply(forgetStatements(lost), replaceTimeoutMs)
-      banned = false
-      for (const address of lost) unwanted.delete(address)
+      await forgetUnwanted([], replaceTimeoutMs)
     } catch {
-      // Fails closed: the addresses stay banned until then.
+      // Fails closed: the addresses stay banned until the next transaction.
     }
   }
 
@@ -206,12 +243,13 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
       replacements = result.catch(() => undefined)
       return result
     },
-    open(name, addresses, seconds, judgedBy) {
+    open(name, aliases, addresses, seconds, judgedBy) {
       if (judgedBy !== rules) return 'stale'
+      if (tooMany(addresses)) return 'failed'
       const wanted = now() + seconds * 1000
       let batches: Batch[] | null = null
       for (const address of addresses) {
-        const batch = enqueue(address, name, wanted, seconds)
+        const batch = enqueue(address, name, aliases, wanted, seconds)
         if (batch !== null && !batches?.includes(batch)) (batches ??= []).push(batch)
       }
       return batches === null ? 'open' : confirmed(batches, judgedBy)
@@ -224,6 +262,16 @@ const openTimeoutMs = 3000
 /** Thousands of rules take a tenth of a second; a machine under load may need much longer. */
 const replaceTimeoutMs = 30_000
 
-function stillAllowed(rules: Rules, address: string, { names }: Learned, mayOpen: AddressJudge): boolean {
-  return mayOpen(rules, address) !== null && names.some((name) => decideName(rules, name).action === 'allow')
+/** Remembers by which way a name led to an address; the last one counts. */
+function noteLead(leads: Lead[], name: string, aliases: readonly (string | null)[]): void {
+  const at = leads.findIndex((lead) => lead.name === name)
+  const before = leads[at]
+  if (before === undefined) {
+    if (leads.length >= maxNames) leads.shift()
+    leads.push({ name, aliases })
+  } else if (before.aliases.length !== aliases.length || before.aliases.some((alias, nth) => alias !== aliases[nth])) leads[at] = { name, aliases }
+}
+
+function stillAllowed(rules: Rules, address: string, { leads }: Learned, mayOpen: AddressJudge): boolean {
+  return mayOpen(rules, address) !== null && leads.some(({ name, aliases }) => decideName(rules, name).action === 'allow' && deniedAlias(rules, aliases) === null)
 }

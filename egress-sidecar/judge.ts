@@ -4,7 +4,8 @@
  */
 import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
-import { decideAddress, decideLearned } from '#policies/decide.ts'
+import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
+import type { Verdict } from '#policies/verdict.ts'
 
 /** The address as the kernel gets it, or null when it must stay shut. */
 export type AddressJudge = (rules: Rules, address: string) => string | null
@@ -48,3 +49,12 @@ export const knownResolvers: readonly string[] = [
   '76.76.2.0/24', '76.76.10.0/24', '194.242.2.0/24',
   '185.222.222.222', '45.11.45.11', '223.5.5.5', '223.6.6.6', '120.53.53.53', '1.12.12.12', '45.90.28.0/24', '45.90.30.0/24',
 ]
+
+/** The verdict of a rule (not of the default) that denies a name of the chain: its author did not mean "unless reached by an alias". */
+export function deniedAlias(rules: Rules, aliases: readonly (string | null)[]): Verdict | null {
+  for (const alias of aliases) {
+    const verdict = decideName(rules, alias)
+    if (verdict.reason === 'rule-denies' || verdict.reason === 'malformed-name') return verdict
+  }
+  return null
+}

@@ -114,11 +114,22 @@ function serveTcp(socket: TcpSocket, handler: Handler): void {
       const reply = await new Promise<Buffer | null>((resolve) => handler(message, 'tcp', resolve))
       received = received.subarray(end)
       if (reply === null || ++served > limits.tcpMessages) socket.destroy()
-      else socket.write(Buffer.concat([lengthOf(reply), reply]))
+      else if (!socket.write(Buffer.concat([lengthOf(reply), reply]))) await taken(socket)
     }
     busy = false
     if (!socket.destroyed) socket.resume()
   }
+}
+
+/** A client that does not read gets no further answers, or they would gather here. */
+function taken(socket: TcpSocket): Promise<void> {
+  return new Promise((resolve) => {
+    const over = (): void => {
+      socket.off('drain', over).off('close', over)
+      resolve()
+    }
+    socket.on('drain', over).on('close', over)
+  })
 }
 
 function lengthOf(reply: Buffer): Buffer {

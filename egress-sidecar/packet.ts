@@ -2,8 +2,6 @@
  * DNS messages (RFC 1035) as raw bytes: the question, the few fields of an answer that a verdict needs, and the replies we make.
  * Everything else in a message is forwarded untouched. All loops are bounded by the message's length, never by what it claims.
  */
-
-import type { Rules } from '#policies/compile.ts'
 import type { Verdict } from '#policies/verdict.ts'
 
 export const rcodes = { noError: 0, formErr: 1, servFail: 2, nxDomain: 3, notImp: 4, refused: 5 } as const
@@ -28,7 +26,7 @@ export type Question = {
   /** Offset of the first byte behind the question. */
   readonly end: number
   /** For the judge of names: what it said of this one, and by which rules. */
-  readonly judged: { rules: Rules | null; verdict: Verdict | null }
+  readonly judged: { policy: number; verdict: Verdict | null }
 }
 
 /** A question; or the rcode to refuse the message with; or null for what must not be answered at all (too short, itself a reply). */
@@ -73,7 +71,7 @@ function rememberedQuestion(message: Buffer, nameEnd: number): Question {
 }
 
 function newQuestion(message: Buffer, nameEnd: number): Question {
-  return { name: plainName(message, headerLength, nameEnd), type: uint16(message, nameEnd), class: uint16(message, nameEnd + 2), end: nameEnd + 4, judged: { rules: null, verdict: null } }
+  return { name: plainName(message, headerLength, nameEnd), type: uint16(message, nameEnd), class: uint16(message, nameEnd + 2), end: nameEnd + 4, judged: { policy: 0, verdict: null } }
 }
 
 /** Offset behind an uncompressed name, or -1. Compression has no place in a question: there is nothing to point at. */

@@ -3,18 +3,18 @@ import { connect } from 'node:net'
 import { echoOf } from './packet.ts'
 import type { Upstream } from './ruleset.ts'
 
-/** The reply, or null when there is none that fits within `timeoutMs`. */
-export function askTcp(query: Buffer, questionEnd: number, { address, port }: Upstream, timeoutMs: number): Promise<Buffer | null> {
+/** The reply; `refused` when the upstream has no TCP; null when nothing that fits came within `timeoutMs`. */
+export function askTcp(query: Buffer, questionEnd: number, { address, port }: Upstream, timeoutMs: number): Promise<Buffer | 'refused' | null> {
   return new Promise((resolve) => {
     let received = Buffer.alloc(0)
     const socket = connect({ host: address, port })
     const timer = setTimeout(() => end(null), timeoutMs)
-    const end = (reply: Buffer | null): void => {
+    const end = (reply: Buffer | 'refused' | null): void => {
       clearTimeout(timer)
       socket.destroy()
       resolve(reply)
     }
-    socket.on('error', () => end(null))
+    socket.on('error', (error: NodeJS.ErrnoException) => end(error.code === 'ECONNREFUSED' ? 'refused' : null))
     socket.on('close', () => end(null))
     socket.on('connect', () => {
       const framed = Buffer.alloc(2 + query.length)

@@ -87,10 +87,10 @@ type UpstreamState = {
   failures: number
   distrustedUntil: number
   silent: boolean
-  /** Gives back the case of the question. False as soon as it was proven, or could not be disproved, that it does not. */
+  /** Gives back the case of the question. False as soon as it was proven, or the upstream cannot be asked for a proof. */
   keepsCase: boolean
   /** The answer over TCP that is to tell it. */
-  proof: Promise<Buffer | null> | null
+  proof: Promise<unknown> | null
 }
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
@@ -152,7 +152,8 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   /**
    * The same upstream over TCP, one question at a time: all that a server which does not keep the case answered meanwhile needs no proof of its own.
-   * Where it has no TCP, what came is taken: without the case, as for everybody else.
+   * An upstream that says it has no TCP is taken at its word, without the case, as by everybody else. Where nothing comes, what came before is not
+   * believed: root in the sandbox can see to it that our TCP gets nowhere.
    */
   async function askProof(state: UpstreamState, pending: Pending, folded: Buffer): Promise<void> {
     while (state.proof !== null) await state.proof
@@ -160,12 +161,14 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const { query, questionEnd } = pending
     const left = Math.min(patienceMs, pending.deadline - now())
     if (closed || left <= 0) return next(pending)
-    state.proof = askTcp(query, questionEnd, state.upstream, left)
-    const reply = await state.proof
+    const asked = askTcp(query, questionEnd, state.upstream, left)
+    state.proof = asked
+    const reply = await asked
     state.proof = null
-    const echo = reply === null ? 'none' : echoOf(reply, query, questionEnd)
+    if (reply === null) return next(pending)
+    const echo = reply === 'refused' ? 'none' : echoOf(reply, query, questionEnd)
     if (echo !== 'exact') state.keepsCase = false
-    if (reply === null) return take(pending, folded)
+    if (reply === 'refused') return take(pending, folded)
     if (echo === 'exact') mixCase(reply, questionEnd, pending.mask)
     if (pending.transport === 'udp' && reply.length > anyClientTakes) reply[2] = (reply[2] as number) | 2
     take(pending, reply)
@@ -234,7 +237,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     for (const { upstream } of inOrder(now())) {
       query.writeUInt16BE(randomId(), 0)
       const whole = await askTcp(query, questionEnd, upstream, timeoutMs)
-      if (whole !== null) return whole
+      if (whole !== null && whole !== 'refused') return whole
     }
     return null
   }

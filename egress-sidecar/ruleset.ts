@@ -7,6 +7,7 @@
  *   exempt                                        the sidecar's own way to its resolvers
  *   denied                                        says no at once instead of letting the client wait
  *   forward (forward, 0, drop)                    nobody routes through the namespace
+ *   leave   (postrouting, 0)                      the loopback's own addresses never go out of another device
  *
  * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules; those that a new policy takes away are in
  * `shut_v4/v6` until no packet can renew them any more.
@@ -59,6 +60,13 @@ const learnedSetSize = 65536
 const inbound = '0x80000000'
 const repliesToOutside = `meta l4proto tcp ct state established ct direction reply ct mark ${inbound} accept`
 
+/**
+ * Anybody may bind an IPv6 socket to an address that is not there (IPV6_FREEBIND), and over the loopback nobody looks at the source: our own
+ * sockets would take its datagrams for the resolver's. IPv4 is looked at by the kernel. Only UDP: the resets of `denied` come from afar, too.
+ */
+const foreignSource = 'meta nfproto ipv6 meta l4proto udp fib saddr type != local'
+const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr ::1 drop']
+
 const table = 'inet opensandbox'
 /** Where `openStatements` puts addresses. */
 export const learnedSets = [`${table} dyn_allow_v4`, `${table} dyn_allow_v6`] as const
@@ -85,26 +93,28 @@ export function bootStatements(): string[] {
     ...families.map((f) => `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`),
     ...families.map((f) => `add set ${table} control_v${f.n} { type ${f.type} . inet_proto . inet_service; }`),
     `add chain ${table} forward { type filter hook forward priority 0; policy drop; }`,
+    `add chain ${table} leave { type filter hook postrouting priority 0; policy accept; }`,
+    // A socket bound to a device sends even packets for the loopback there, also those that a redirect sends to it.
+    ...leaving.map((rule) => `add rule ${table} leave ${rule}`),
     `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
     `add rule ${table} arrive tcp flags & (fin | syn | rst | ack) == syn iif != "lo" ct state new ct mark set ${inbound}`,
     `add rule ${table} egress ${repliesToOutside}`,
+    `add rule ${table} egress ${foreignSource} drop`,
     `add rule ${table} egress oif "lo" accept`,
   ]
 }
 
-/** The whole policy in one transaction; learned addresses stay, except the forgotten ones, which are shut until `forgetStatements`. */
-export function policyStatements(input: RulesetInput, forget: readonly string[] = []): string[] {
+/** The whole policy in one transaction. Learned addresses stay; `shut` are those that `banStatements` shuts until `forgetStatements`. */
+export function policyStatements(input: RulesetInput, shut: readonly string[] = []): string[] {
   const { rules } = input
   const lists = { allow4: rules.allow4, allow6: rules.allow6, deny4: rules.deny4, deny6: rules.deny6 }
   return [
     ...chains.map((chain) => `flush chain ${table} ${chain}`),
     ...families.flatMap((f) => [...['allow', 'deny'].flatMap((action) => resetSets(action, f, lists[`${action as 'allow' | 'deny'}${f.n}`])), ...resetDoh(f, input.doh.addresses)]),
-    ...families.flatMap((f) => addElements(`shut_v${f.n}`, forget.filter((address) => familyOf(address) === f))),
-    ...deleteStatements(forget),
     ...natRules(input).map((rule) => `add rule ${table} nat ${rule}`),
     ...exemptRules(input).map((rule) => `add rule ${table} exempt ${rule}`),
     ...deniedRules.map((rule) => `add rule ${table} denied ${rule}`),
-    ...(input.filter ? filterRules(input, forget) : nameOnlyRules).map((rule) => `add rule ${table} egress ${rule}`),
+    ...(input.filter ? filterRules(input, shut) : nameOnlyRules(input)).map((rule) => `add rule ${table} egress ${rule}`),
     `add chain ${table} egress { policy ${input.filter && rules.defaultAction === 'deny' ? 'drop' : 'accept'}; }`,
   ]
 }
@@ -134,13 +144,18 @@ export function openStatements(elements: ReadonlyMap<string, number>, known: Rea
   return statements
 }
 
-/** Deletes learned addresses, and the ban on those that a policy took away before. */
-export function forgetStatements(addresses: readonly string[]): string[] {
-  return [...deleteStatements(addresses), ...families.map((f) => `flush set ${table} shut_v${f.n}`)]
+/** Shuts addresses by name, whoever renews them meanwhile, under rules that were written with them in mind. */
+export function banStatements(addresses: readonly string[]): string[] {
+  return families.flatMap((f) => addElements(`shut_v${f.n}`, addresses.filter((address) => familyOf(address) === f)))
 }
 
-/** Whether or not they have expired by now: deleting a missing element would fail. */
-function deleteStatements(addresses: readonly string[]): string[] {
+/** Lifts all bans. */
+export function unbanStatements(): string[] {
+  return families.map((f) => `flush set ${table} shut_v${f.n}`)
+}
+
+/** Deletes learned addresses, whether or not they have expired by now: deleting a missing element would fail. */
+export function forgetStatements(addresses: readonly string[]): string[] {
   return families.flatMap((f) => {
     const mine = addresses.filter((address) => familyOf(address) === f)
     return mine.length === 0 ? [] : ['add', 'delete'].map((verb) => `${verb} element ${table} dyn_allow_v${f.n} { ${mine.join(', ')} }`)
@@ -148,7 +163,7 @@ function deleteStatements(addresses: readonly string[]): string[] {
 }
 
 /** What `checks.ts` reads the installed rules back with. */
-export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`]
+export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`] as const
 
 function familyOf(address: string): Family {
   return address.includes(':') ? families[1] : families[0]
@@ -220,9 +235,11 @@ const deniedRules = ['counter', 'meta l4proto tcp reject with tcp reset', 'rejec
 const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 
 /** Mode `dns`: names are filtered, addresses are not. */
-const nameOnlyRules = [notDockerResolver]
+function nameOnlyRules({ ipv6 }: RulesetInput): string[] {
+  return [notDockerResolver, `${foreignSource} goto denied`, ...(ipv6 ? [] : ['meta nfproto ipv6 meta l4proto { tcp, udp } th dport 53 goto denied'])]
+}
 
-function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, forget: readonly string[]): string[] {
+function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, shut: readonly string[]): string[] {
   // A resolver on another port than 53 is not redirected: an allowed name that leads to its address must not open it.
   const upstreamsClosed = upstreams.filter((u) => u.port !== 53).map((u) => `${familyOf(u.address).ip} daddr ${u.address} meta l4proto { tcp, udp } th dport ${u.port} goto denied`)
   const mark = `0x${generation.toString(16)}`
@@ -230,6 +247,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
     repliesToOutside,
     notDockerResolver,
+    `${foreignSource} goto denied`,
     'oif "lo" accept',
     // A redirected question still has its first route's interface here, but our address.
     `ip daddr 127.0.0.1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`,
@@ -252,7 +270,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
     if (denied.some((text) => !text.includes('/'))) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`)
     if (denied.some((text) => text.includes('/'))) list.push(`${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
   }
-  for (const f of families) if (forget.some((address) => familyOf(address) === f)) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
+  for (const f of families) if (shut.some((address) => familyOf(address) === f)) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
   for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
   for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)
   // A connection that was silent for longer than its address's lease may go on; a new handshake on the same ports may not.

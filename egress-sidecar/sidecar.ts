@@ -1,7 +1,8 @@
 /**
- * Wires the parts and starts them in the order that fails closed: everything refused, listeners, resolver sockets, exemption,
+ * Wires the parts and starts them in the order that fails closed: the port, everything refused, resolver sockets, exemption,
  * policy, checks. Only then is the sidecar ready; whatever goes wrong before or after ends the process and leaves the rules.
  */
+import { randomInt } from 'node:crypto'
 import { access } from 'node:fs/promises'
 import { networkInterfaces } from 'node:os'
 import { performance } from 'node:perf_hooks'
@@ -24,7 +25,7 @@ import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
 import { askOnce } from './question.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
-import { bootStatements, closeStatements, dnsPort } from './ruleset.ts'
+import { bootStatements, closeStatements, dnsPort, listStatements } from './ruleset.ts'
 import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
 import { createWebhook, type Webhook } from './webhook.ts'
 
@@ -59,15 +60,12 @@ export function createSidecar(config: Config, log: Log): Sidecar {
   let reloader: NodeJS.Timeout | null = null
   let probes: UpstreamProbes | null = null
   let webhook: Webhook | null = null
+  /** The rules are not ours to touch. */
+  let another = false
 
   async function start(): Promise<void> {
     if (await inHostNamespace()) throw new StartError('this is the network namespace of the host: refusing to filter it')
-    // 1. nothing leaves any more
-    const kernel = (nft = createNft())
-    await kernel.apply(bootStatements()).catch((error: Error) => {
-      throw new StartError(`the firewall cannot be written (NET_ADMIN is needed): ${error.message}`, { cause: error })
-    })
-    // 2. listeners, answering nothing of use yet
+    // 1. one sidecar for one namespace: whoever has the port has the table
     const seen = new Set<string>()
     let handler: Handler = (message, _transport, done) => {
       const question = readQuestion(message)
@@ -76,7 +74,18 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       done(emptyReply(message, question.end, rcodes.servFail))
     }
     const ipv6 = hasIpv6Loopback()
-    listener = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport, done) => handler(message, transport, done))
+    const kernel = (nft = createNft())
+    const listening = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport, done) => handler(message, transport, done)).catch((error: Error) => error)
+    if (listening instanceof Error && (await tableExists(kernel))) {
+      another = true
+      throw new StartError(`the DNS port is taken, and the rules of another sidecar are there: ${listening.message}`)
+    }
+    // 2. nothing leaves any more
+    await kernel.apply(bootStatements()).catch((error: Error) => {
+      throw new StartError(`the firewall cannot be written (NET_ADMIN is needed): ${error.message}`, { cause: error })
+    })
+    if (listening instanceof Error) throw listening
+    listener = listening
     admin = await listenAdmin(config.http, {
       keeper: () => keeper,
       token: config.token,
@@ -87,7 +96,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
         log.event('info', 'egress.updated', 'egress policy updated', { 'egress.default': policy.defaultAction, rules })
       },
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
-      inspect: async () => (await rulesPresent({ nft: kernel, filter, denyByDefault: firewall?.rules.defaultAction === 'deny' }).catch((error: Error) => error.message)) ?? '',
+      inspect: async () => (firewall === null ? null : await rulesPresent({ nft: kernel, filter, rules: firewall.rules }).catch((error: Error) => error.message)) ?? '',
       metrics: () => metrics.text({ learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
     })
     // 3. our own way to the resolvers
@@ -108,9 +117,9 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
-    const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now }))
+    const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now, firstGeneration: randomInt(1, 0x7fffffff) }))
     // 5. proof
-    const problems = await failedChecks({ nft: kernel, filter, denyByDefault: rules.defaultAction === 'deny', probe: { seen }, askUpstream: (query, end) => askOnce(asking, query, end, 'udp') })
+    const problems = await failedChecks({ nft: kernel, filter, rules, probe: { seen }, askUpstream: (query, end) => askOnce(asking, query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
     const hook = (webhook = config.denyWebhook === null ? null : await openWebhook(config.denyWebhook, { resolver: asking, nft: kernel, ipv6 }, exemption))
     const report = (outcome: Outcome): void => {
@@ -154,12 +163,17 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       webhook?.close()
       await admin?.close()
       // The exemption goes before its ports are given up. A start that failed leaves nothing open at all.
-      await nft?.apply(enforced ? closeStatements() : bootStatements()).catch((error: Error) => log.event('error', 'egress.close', error.message))
+      if (!another) await nft?.apply(enforced ? closeStatements() : bootStatements()).catch((error: Error) => log.event('error', 'egress.close', error.message))
       nft?.close()
       await listener?.close()
       resolver?.close()
     },
   }
+}
+
+/** A table of ours, whoever wrote it. */
+function tableExists(kernel: Nft): Promise<boolean> {
+  return kernel.apply([listStatements[0]]).then(() => true, () => false)
 }
 
 function elementsOf(rules?: Rules): number {

@@ -44,7 +44,7 @@ async function play({ rules = rulesOf(['allow', '*.example']), query = {}, reply
       learned: 0,
       updates: 0,
       replace: async () => undefined,
-      async open(name, addresses, seconds) {
+      async open(name, _aliases, addresses, seconds) {
         seen.opened.push({ name, addresses, seconds })
         return opened[Math.min(seen.opened.length, opened.length) - 1] as Opened
       },

@@ -13,7 +13,7 @@ const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve)
 
 async function setUp(rules: Rules, now = (): number => 0) {
   const nft = fakeNft()
-  const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now })
+  const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now, firstGeneration: 1 })
   return { nft, firewall }
 }
 
@@ -22,8 +22,8 @@ t.test('an answer waits for the kernel, and so does the second answer with the s
   const { nft, firewall } = await setUp(rules)
   nft.hold()
   const told: string[] = []
-  const first = Promise.resolve(firewall.open('a.example', ['198.51.100.1'], 60, rules)).then((result) => told.push(`first ${result}`))
-  const second = Promise.resolve(firewall.open('b.example', ['198.51.100.1'], 60, rules)).then((result) => told.push(`second ${result}`))
+  const first = Promise.resolve(firewall.open('a.example', [], ['198.51.100.1'], 60, rules)).then((result) => told.push(`first ${result}`))
+  const second = Promise.resolve(firewall.open('b.example', [], ['198.51.100.1'], 60, rules)).then((result) => told.push(`second ${result}`))
   await turn()
   t.same(told, [], 'nobody is told before')
   nft.confirm()
@@ -36,7 +36,7 @@ t.test('what comes in while nft works goes out in one command', async (t) => {
   const rules = allow('*.example')
   const { nft, firewall } = await setUp(rules)
   nft.hold()
-  const opened = Array.from({ length: 500 }, (_, i) => firewall.open('a.example', [`198.18.${i >> 8}.${i & 255}`], 60, rules))
+  const opened = Array.from({ length: 500 }, (_, i) => firewall.open('a.example', [], [`198.18.${i >> 8}.${i & 255}`], 60, rules))
   await turn()
   nft.confirm()
   await turn()
@@ -50,11 +50,11 @@ t.test('without a confirmation the address is not told, and is tried anew', asyn
   const rules = allow('*.example')
   const { nft, firewall } = await setUp(rules)
   nft.hold()
-  const opened = firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  const opened = firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   await turn()
   nft.confirm(new Error('no space'))
   t.equal(await opened, 'failed')
-  const again = firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  const again = firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   await turn()
   nft.confirm()
   t.equal(await again, 'open')
@@ -64,39 +64,52 @@ t.test('leases: not extended while they cover the answer, extended when they do 
   const rules = allow('*.example')
   let time = 0
   const { nft, firewall } = await setUp(rules, () => time)
-  await firewall.open('a.example', ['198.51.100.1'], 120, rules)
-  await firewall.open('a.example', ['198.51.100.1'], 120, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 120, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 120, rules)
   t.equal(nft.transactions.length, 2, 'nothing to do')
-  await firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   t.equal(nft.transactions.length, 2, 'a shorter lease changes nothing')
   time = 45_000
-  await firewall.open('a.example', ['198.51.100.1'], 120, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 120, rules)
   t.match(nft.transactions[2], /^add element .* \{ 198\.51\.100\.1 \}; delete element .*; add element .* \{ 198\.51\.100\.1 timeout 120s \}$/, 'refreshed on kernels that keep the old expiry, too')
 })
 
 t.test('a new policy keeps what it still allows and shuts the rest', async (t) => {
   const wide = allow('*.example', '*.other')
   const { nft, firewall } = await setUp(wide)
-  await firewall.open('a.example', ['198.51.100.1'], 60, wide)
-  await firewall.open('b.other', ['198.51.100.2', '2001:db8::2'], 60, wide)
-  await firewall.open('c.other', ['198.51.100.1'], 60, wide)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, wide)
+  await firewall.open('b.other', [], ['198.51.100.2', '2001:db8::2'], 60, wide)
+  await firewall.open('c.other', [], ['198.51.100.1'], 60, wide)
   const narrow = allow('*.example')
   await firewall.replace(narrow)
   t.equal(firewall.rules, narrow)
   const change = nft.transactions.at(-2) ?? ''
-  t.match(change, /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.2 \}/)
-  t.match(change, /delete element inet opensandbox dyn_allow_v6 \{ 2001:db8::2 \}/)
+  t.match(change, /add element inet opensandbox shut_v4 \{ 198\.51\.100\.2 \}/)
+  t.match(change, /add element inet opensandbox shut_v6 \{ 2001:db8::2 \}/)
+  t.match(change, /ip daddr @shut_v4 goto denied.*ip6 daddr @shut_v6 goto denied.*ip daddr @dyn_allow_v4/, 'and the rules look at the ban first')
   t.notMatch(change, /198\.51\.100\.1 /, 'another name still leads there')
   t.notMatch(change, /flush set inet opensandbox dyn|delete set inet opensandbox dyn/)
-  t.match(nft.transactions.at(-1), /delete element .*198\.51\.100\.2/, 'once more, for the packet that renewed it meanwhile')
+  t.match(nft.transactions.at(-1), /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.2 \}.*delete element inet opensandbox dyn_allow_v6 \{ 2001:db8::2 \}.*flush set inet opensandbox shut_v4/, 'deleted when no packet can renew it any more')
 })
 
 t.test('a deny rule for an address shuts it, whatever name led there', async (t) => {
   const rules = allow('*.example')
   const { nft, firewall } = await setUp(rules)
-  await firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   await firewall.replace(compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }, { action: 'deny', target: '198.51.100.0/24' }] }))
-  t.match(nft.transactions.at(-2), /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.1 \}/)
+  t.match(nft.transactions.at(-2), /add element inet opensandbox shut_v4 \{ 198\.51\.100\.1 \}/)
+})
+
+t.test('a name that denies an alias shuts what was reached by it', async (t) => {
+  const rules = allow('*.example')
+  const { nft, firewall } = await setUp(rules)
+  await firewall.open('a.example', ['cdn.other'], ['198.51.100.1'], 60, rules)
+  await firewall.open('b.example', ['cdn.other'], ['198.51.100.2'], 60, rules)
+  await firewall.open('c.example', [], ['198.51.100.2'], 60, rules)
+  await firewall.open('d.example', [], ['198.51.100.3'], 60, rules)
+  await firewall.open('d.example', ['cdn.other'], ['198.51.100.3'], 60, rules)
+  await firewall.replace(compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }, { action: 'deny', target: 'cdn.other' }] }))
+  t.match(nft.transactions.at(-2), /add element inet opensandbox shut_v4 \{ 198\.51\.100\.1, 198\.51\.100\.3 \}/, 'not what another name leads to as well; the last way counts')
 })
 
 t.test('a lookup that was judged under the old policy opens nothing under the new one', async (t) => {
@@ -105,13 +118,13 @@ t.test('a lookup that was judged under the old policy opens nothing under the ne
   nft.hold()
   const replaced = firewall.replace(allow('*.other'))
   await turn()
-  const during = firewall.open('a.example', ['198.51.100.1'], 60, old)
+  const during = firewall.open('a.example', [], ['198.51.100.1'], 60, old)
   await turn()
   t.equal(nft.waiting, 1, 'the change is on its way, the address waits behind it')
   nft.confirm()
   t.equal(await during, 'stale')
   await replaced
-  t.equal(await firewall.open('a.example', ['198.51.100.1'], 60, old), 'stale', 'and later, too')
+  t.equal(await firewall.open('a.example', [], ['198.51.100.1'], 60, old), 'stale', 'and later, too')
   t.notMatch(nft.transactions.join('\n'), /198\.51\.100\.1 timeout/)
 })
 
@@ -119,17 +132,18 @@ t.test('a lookup that the kernel already took is judged again, and the new polic
   const old = allow('*.example')
   const { nft, firewall } = await setUp(old)
   nft.hold()
-  const opening = firewall.open('a.example', ['198.51.100.1'], 60, old)
+  const opening = firewall.open('a.example', [], ['198.51.100.1'], 60, old)
   await turn()
   const replaced = firewall.replace(allow('*.other'))
   await turn()
-  nft.confirm()
-  nft.confirm()
-  await turn()
-  nft.confirm()
+  t.equal(nft.waiting, 1, 'the policy waits for what is on its way')
+  for (let transaction = 0; transaction < 3; transaction++) {
+    nft.confirm()
+    await turn()
+  }
   await replaced
   t.ok(['open', 'stale'].includes(await opening))
-  t.match(nft.transactions.filter((text) => text.includes('flush chain')).at(-1), /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.1 \}/)
+  t.match(nft.transactions.filter((text) => text.includes('flush chain')).at(-1), /add element inet opensandbox shut_v4 \{ 198\.51\.100\.1 \}/)
 })
 
 t.test('a policy that the kernel refuses changes nothing', async (t) => {
@@ -141,10 +155,82 @@ t.test('a policy that the kernel refuses changes nothing', async (t) => {
   nft.confirm(new Error('Invalid argument'))
   await t.rejects(replaced, /Invalid argument/)
   t.equal(firewall.rules, rules)
-  const opened = firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  const opened = firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   await turn()
   nft.confirm()
   t.equal(await opened, 'open')
+})
+
+t.test('a policy that the kernel refuses leaves what was learned to be asked anew', async (t) => {
+  const rules = allow('*.example', '*.other')
+  const { nft, firewall } = await setUp(rules)
+  await firewall.open('a.other', [], ['198.51.100.1'], 60, rules)
+  nft.hold()
+  const replaced = firewall.replace(allow('*.example'))
+  await turn()
+  nft.confirm(new Error('No buffer space available'))
+  await t.rejects(replaced, /No buffer space/)
+  const other = firewall.open('b.other', [], ['198.51.100.2'], 60, rules)
+  await turn()
+  nft.confirm()
+  t.equal(await other, 'open')
+  t.notMatch(nft.transactions.at(-1), /198\.51\.100\.1/, 'the next answer takes nothing away that is still allowed')
+  const again = firewall.open('a.other', [], ['198.51.100.1'], 60, rules)
+  await turn()
+  t.equal(nft.waiting, 1, 'whether the kernel has it is not taken for granted')
+  nft.confirm()
+  t.equal(await again, 'open')
+})
+
+t.test('connections of a sidecar that was here before are not taken for ours', async (t) => {
+  const nft = fakeNft()
+  await createFirewall(allow('*.example'), { nft, setting, mayOpen: createAddressJudge([]), now: () => 0, firstGeneration: 0x1234567 })
+  t.match(nft.transactions[0], /ct mark 0x1234567 ct state established/)
+})
+
+t.test('a flood of answers: no more than the kernel holds, no transaction larger than nft can take, and the policy can be changed', async (t) => {
+  const rules = allow('*.example')
+  const { nft, firewall } = await setUp(rules)
+  nft.hold()
+  const opened: Promise<string>[] = []
+  // 60 answers of 2,000 addresses, faster than nft works.
+  for (let i = 0; i < 60; i++) {
+    opened.push(Promise.resolve(firewall.open(`n${i}.example`, [], Array.from({ length: 2000 }, (_, k) => place(i * 2000 + k)), 60, rules)))
+    if (i % 5 === 4) {
+      await turn()
+      nft.confirm()
+      await turn()
+    }
+  }
+  for (let i = 0; i < 60; i++) {
+    nft.confirm()
+    await turn()
+  }
+  const results = await Promise.all(opened)
+  t.ok(results.includes('open') && results.includes('failed'), 'some are told, the others are SERVFAIL')
+  t.ok(firewall.learned <= 40_960, `${firewall.learned} addresses`)
+  const small = Promise.resolve(firewall.open('small.example', [], ['198.51.100.1'], 60, rules))
+  await turn()
+  nft.confirm()
+  t.equal(await small, 'open', 'and afterwards names are answered as before')
+  const before = nft.transactions.length
+  const replaced = firewall.replace(allow('fine.other'))
+  for (let i = 0; i < 40; i++) {
+    await turn()
+    nft.confirm()
+  }
+  await replaced
+  t.equal(firewall.learned, 0)
+  const change = nft.transactions.slice(before)
+  const bans = new Set(change.flatMap((text) => [...text.matchAll(/add element inet opensandbox shut_v4 \{ ([^}]+) \}/g)].flatMap(([, list]) => list!.split(', '))))
+  const deleted = new Set(change.flatMap((text) => [...text.matchAll(/delete element inet opensandbox dyn_allow_v4 \{ ([^}]+) \}/g)].flatMap(([, list]) => list!.split(', '))))
+  t.ok(bans.size > 8192, `${bans.size} bans`)
+  t.same(deleted, bans, 'all are deleted')
+  const policyAt = change.findIndex((text) => text.includes('flush chain'))
+  t.ok(change.slice(0, policyAt + 1).every((text) => !text.includes('delete element')) && change.slice(policyAt + 1).every((text) => !text.includes('add element inet opensandbox shut')), 'banned before the policy, deleted behind it')
+  t.match(change.at(-1), /flush set inet opensandbox shut_v4; flush set inet opensandbox shut_v6$/)
+  const sizes = nft.transactions.map((text) => Math.max(0, ...[...text.matchAll(/\{ ([^}]+) \}/g)].map(([, list]) => list!.split(', ').length)))
+  t.ok(Math.max(...sizes) <= 8192, `at most ${Math.max(...sizes)} addresses in one command`)
 })
 
 const place = (i: number): string => `198.${18 + (i >> 16)}.${(i >> 8) & 255}.${i & 255}`
@@ -155,15 +241,15 @@ async function fill(listed: (i: number) => string) {
   let time = 0
   const rules = allow('*.example')
   const { nft, firewall } = await setUp(rules, () => time)
-  for (let i = 0; i < 32768; i += 1024) await firewall.open('a.example', Array.from({ length: 1024 }, (_, k) => place(i + k)), 60, rules)
+  for (let i = 0; i < 32768; i += 1024) await firewall.open('a.example', [], Array.from({ length: 1024 }, (_, k) => place(i + k)), 60, rules)
   const before = nft.transactions.length
   const full = firewall.learned
   for (const set of sets) nft.listings.set(set, `table inet opensandbox {\n\tset x {\n\t\ttimeout 6m\n\t\telements = { ${set.endsWith('4') ? Array.from({ length: 32768 }, (_, i) => listed(i)).join(',\n\t\t\t') : ''} }\n\t}\n}\n`)
   time = 30_000
-  await firewall.open('b.example', ['198.51.100.1'], 60, rules)
+  await firewall.open('b.example', [], ['198.51.100.1'], 60, rules)
   while (firewall.learned > full) await turn()
   const learned = firewall.learned
-  await firewall.open('b.example', ['198.51.100.2'], 60, rules)
+  await firewall.open('b.example', [], ['198.51.100.2'], 60, rules)
   const last = nft.transactions.at(-1) ?? ''
   return { full, learned, between: nft.transactions.slice(before, -1).join(), deleted: new Set(/delete element inet opensandbox dyn_allow_v4 \{ ([^}]+) \}/.exec(last)?.[1]?.split(', ')) }
 }
@@ -186,9 +272,9 @@ t.test('a full table, everything in use: the one used longest ago', async (t) =>
 t.test('a full table, and the kernel cannot be asked: those learned longest ago', async (t) => {
   const rules = allow('*.example')
   const { nft, firewall } = await setUp(rules)
-  for (let i = 0; i < 32769; i += 1024) await firewall.open('a.example', Array.from({ length: 1024 }, (_, k) => place(i + k)), 60, rules)
+  for (let i = 0; i < 32769; i += 1024) await firewall.open('a.example', [], Array.from({ length: 1024 }, (_, k) => place(i + k)), 60, rules)
   while (firewall.learned > 32768) await turn()
-  await firewall.open('a.example', ['198.51.100.1'], 60, rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
   t.match(nft.transactions.at(-1), /delete element inet opensandbox dyn_allow_v4 \{ 198\.18\.0\.0, 198\.18\.0\.1, /)
 })
 

@@ -182,7 +182,7 @@ async function ask(t: Test, upstreams: readonly Upstream[], timeoutMs: number, t
 async function askBy(resolver: Asker, transport: 'udp' | 'tcp' = 'udp'): Promise<{ got: Buffer; opened: string[] }> {
   const rules = compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }] })
   const opened: string[] = []
-  const firewall = { rules, learned: 0, updates: 0, replace: async () => undefined, open: async (_name: string, addresses: readonly string[]) => (opened.push(...addresses), 'open' as const) }
+  const firewall = { rules, learned: 0, updates: 0, replace: async () => undefined, open: async (_name: string, _aliases: readonly unknown[], addresses: readonly string[]) => (opened.push(...addresses), 'open' as const) }
   const deps = { resolver, firewall, mayOpen: createAddressJudge([]), now: () => 0, report: () => undefined }
   const got = await new Promise<Buffer | null>((resolve) => answer(message({ name, id: 77 }), transport, deps, resolve))
   if (got === null || got.readUInt16BE(0) !== 77) throw new Error('not an answer to the question')

@@ -119,7 +119,7 @@ t.test('mutated and grown answers: nothing is opened or told that the question d
         // As the resolver does: what does not repeat the question is not an answer.
         done(echoOf(reply, asked, end) === 'none' ? null : reply)
       } },
-      firewall: { rules, learned: 0, updates: 0, replace: async () => undefined, open: (_name, addresses) => (opened.push(...addresses), 'open') },
+      firewall: { rules, learned: 0, updates: 0, replace: async () => undefined, open: (_name, _aliases, addresses) => (opened.push(...addresses), 'open') },
       mayOpen: (_, address) => address, now: () => 0, report: () => undefined,
     }, (bytes) => (got = bytes))
     if (got === null) problems.push(`no reply to ${query.toString('hex')}`)

@@ -104,7 +104,7 @@ t.test('an answer in another case', async (t) => {
     { why: 'the same, and the truth is too long for a datagram', tcp: (asked) => Buffer.concat([patchedCount(answer(asked, truth)), record(long)]), want: 'truncated', again: true },
     { why: 'from a server that does not keep the case', tcp: (asked) => folded(asked, truth), want: truth, again: false },
     { why: 'from one without TCP', tcp: null, want: lie, again: false },
-    { why: 'from one whose TCP is broken', tcp: () => Buffer.alloc(20), want: lie, again: false },
+    { why: 'from one whose TCP gives nothing that fits, as where somebody sees to it', tcp: () => Buffer.alloc(20), want: 'nothing', again: true },
   ]
   for (const { why, tcp, want, again } of rows) {
     let [last, proofs] = [query(), 0]
@@ -113,9 +113,9 @@ t.test('an answer in another case', async (t) => {
       send(folded(asked, lie))
     }, tcp === null ? undefined : (asked) => (proofs++, tcp(asked)))
     const resolver = await resolverOf(t, [peer], 1000)
-    const ask = async (): Promise<Buffer> => {
+    const ask = async (): Promise<Buffer | null> => {
       for (let i = 0; i < 20; i++) {
-        const got = (await askOnce(resolver, query(), end, 'udp')) as Buffer
+        const got = await askOnce(resolver, query(), end, 'udp')
         if (changed(last)) return got
       }
       throw new Error('twenty questions without a change')
@@ -129,7 +129,8 @@ t.test('an answer in another case', async (t) => {
     t.equal(proofs > before, again, `${why}: asked over TCP again`)
     if (!again) t.notOk(changed(last), `${why}: its questions are left alone from then on`)
   }
-  function shortly(reply: Buffer): string {
+  function shortly(reply: Buffer | null): string {
+    if (reply === null) return 'nothing'
     if (rcodeOf(reply) !== 0) return `rcode ${rcodeOf(reply)}`
     if ((reply.readUInt16BE(2) & 0x0200) !== 0) return 'truncated'
     return [truth, lie].filter((address) => reply.includes(Buffer.from(address.split('.').map(Number)))).join()

@@ -16,9 +16,9 @@ const setting = { filter: true, ipv6: false, exemption: { match: 'meta mark 0x1e
 
 const nft = createNft()
 await nft.apply(bootStatements())
-const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now: () => performance.now() })
-await firewall.open('flow.example', [address], 60, rules)
-await firewall.open('unused.example', [unused], 60, rules)
+const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now: () => performance.now(), firstGeneration: 1 })
+await firewall.open('flow.example', [], [address], 60, rules)
+await firewall.open('unused.example', [], [unused], 60, rules)
 
 const flow = createSocket('udp4')
 const send = (to: string): Promise<string> => new Promise((resolve) => {
@@ -32,11 +32,11 @@ let most = 0
 for (let i = 0; i < 40 * 1024; i += 1024) {
   // What the kernel has and the table says may differ by the time of one command: the flow is used all the time, as flows are.
   echoes.push(await send(address))
-  await firewall.open('crowd.example', Array.from({ length: 1024 }, (_, k) => `198.19.${(i + k) >> 8}.${(i + k) & 255}`), 60, rules)
+  await firewall.open('crowd.example', [], Array.from({ length: 1024 }, (_, k) => `198.19.${(i + k) >> 8}.${(i + k) & 255}`), 60, rules)
   most = Math.max(most, firewall.learned)
 }
 for (const deadline = Date.now() + 20_000; firewall.learned >= 32_768 && Date.now() < deadline;) await new Promise((resolve) => setTimeout(resolve, 20))
-await firewall.open('last.example', ['198.51.100.9'], 60, rules)
+await firewall.open('last.example', [], ['198.51.100.9'], 60, rules)
 echoes.push(await send(address))
 process.stdout.write(JSON.stringify({ learned: firewall.learned, most, echoes, unused: await send(unused) }))
 flow.close()
