@@ -97,7 +97,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
     const keeper = deps.keeper()
     if (keeper === null) return fail(503, 'not ready')
     const { policy, always } = keeper
-    return json({ enforcementMode: deps.enforcementMode, defaultAction: policy.defaultAction, egress: [...always.deny, ...always.allow, ...policy.egress], operatorRules: always.deny.length + always.allow.length })
+    return json({ enforcementMode: deps.enforcementMode, defaultAction: policy.defaultAction, egress: [...always.deny, ...always.allow, ...policy.egress], operatorRules: always.deny.length + always.allow.length, ...warningOf(deps) })
   }
   const ready = async (): Promise<Response> => {
     const problem = deps.unready() || (await deps.inspect())
@@ -147,8 +147,11 @@ async function readBody(request: IncomingMessage): Promise<string> {
 /** Key order is the original's: status, mode, enforcementMode, reason, policy. */
 function policyAnswer({ policy, reason }: Change, mode: { enforcementMode?: string }, deps: AdminDeps, more: object = {}): Response {
   const described = policy.egress.length > 0 ? 'enforcing' : policy.defaultAction === 'allow' ? 'allow_all' : 'deny_all'
-  const warning = deps.enforcementMode === 'dns' ? { warning: dnsOnlyWarning } : {}
-  return json({ status: 'ok', mode: described, ...mode, ...(reason === undefined ? {} : { reason }), ...more, ...warning })
+  return json({ status: 'ok', mode: described, ...mode, ...(reason === undefined ? {} : { reason }), ...more, ...warningOf(deps) })
+}
+
+function warningOf({ enforcementMode }: AdminDeps): { warning?: string } {
+  return enforcementMode === 'dns' ? { warning: dnsOnlyWarning } : {}
 }
 
 function json(value: unknown): Response {
