@@ -77,6 +77,7 @@ t.test('whoever says half of it is cut off, and the sandbox has half of the plac
 t.test('mode dns warns in every answer', async (t) => {
   const { call } = await setUp(t, { enforcementMode: 'dns' })
   for (const method of ['GET', 'POST']) t.match(JSON.parse((await call(method, '/policy')).text), { enforcementMode: 'dns', warning: /not restricted/ })
+  t.match(JSON.parse((await call('GET', '/policy/effective')).text), { enforcementMode: 'dns', warning: /not restricted/ })
 })
 
 t.test('errors are plain text', async (t) => {
