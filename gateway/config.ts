@@ -127,7 +127,7 @@ function readFlags(argv: readonly string[], problems: Problem[], warnings: strin
 
 function isKnown(name: string): boolean {
   const key = camel(name)
-  return name === 'config' || key in GatewayConfigSchema.properties || (key.endsWith('File') && secrets.has(key.slice(0, -4)))
+  return name === 'config' || Object.hasOwn(GatewayConfigSchema.properties, key) || (key.endsWith('File') && secrets.has(key.slice(0, -4)))
 }
 
 function isBoolean(name: string): boolean {
@@ -155,7 +155,7 @@ function readEnvironment(env: Readonly<Record<string, string | undefined>>, prob
 
 /** Sets one option; a `…File` of a secret that is not an option of its own is read at once. */
 function setOption(values: Record<string, unknown>, key: string, value: string, where: string, problems: Problem[]): void {
-  if (key in GatewayConfigSchema.properties) {
+  if (Object.hasOwn(GatewayConfigSchema.properties, key)) {
     values[key] = value
     return
   }
@@ -172,7 +172,7 @@ function readFile(path: string | undefined, problems: Problem[]): Record<string,
     const values: Record<string, unknown> = {}
     for (const [name, value] of Object.entries(parseToml(readFileSync(path, 'utf8')))) {
       const key = camel(name.replaceAll('_', '-'))
-      if (key in GatewayConfigSchema.properties) values[key] = value
+      if (Object.hasOwn(GatewayConfigSchema.properties, key)) values[key] = value
       else problems.push({ path: `${path}: ${name}`, reason: 'is not a known option' })
     }
     return values

@@ -24,7 +24,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   const answer = response as Answer
   answer[visitKey] = visit
   answer.edge = edge
-  visit.peer.open++
+  visit.peer.open.push(response)
   response.on('close', onClose).on('error', ignore)
   if (losesWhatFollows(visit.head)) {
     visit.peer.closing = true
@@ -104,10 +104,12 @@ function begin(edge: Edge, request: IncomingMessage, response: ServerResponse | 
 function beginRaw(edge: Edge, request: IncomingMessage, socket: Socket): Visit | null {
   const visit = begin(edge, request, null)
   socket.on('error', () => socket.destroy())
-  if (visit.peer.open === 0 && !visit.peer.closing) return visit
+  if (visit.peer.open.length === 0 && !visit.peer.closing) return visit
   visit.code = 'EDGE_BAD_REQUEST'
   finish(edge, visit)
   socket.destroy()
+  // node:http looks after the connection no more: an answer whose turn has not come would never hear that there is no client.
+  for (const waiting of visit.peer.open.slice()) if (waiting.socket === null) onClose.call(waiting)
   return null
 }
 
@@ -147,7 +149,11 @@ function ignore(): void {
 function onClose(this: ServerResponse): void {
   const answer = this as Answer
   const visit = answer[visitKey] as Visit
-  visit.peer.open--
+  const { open } = visit.peer
+  const place = open.lastIndexOf(this)
+  if (place === -1) return
+  if (place === open.length - 1) open.pop()
+  else open.splice(place, 1)
   answer[relayKey]?.clientClosed()
   finish(answer.edge as Edge, visit)
   if (!visit.request.complete && !visit.socket.destroyed) lingerBriefly(visit)
@@ -160,8 +166,8 @@ function lingerBriefly(visit: Visit): void {
   const timer = setTimeout(() => {
     if (!visit.request.complete) visit.socket.destroy()
   }, lingerMs)
-  visit.socket.once('close', () => clearTimeout(timer))
-  visit.request.once('end', () => clearTimeout(timer))
+  // Also when the connection ends: an incoming message closes with it.
+  visit.request.once('close', () => clearTimeout(timer))
 }
 
 export function finish(edge: Edge, visit: Visit): void {

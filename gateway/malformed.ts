@@ -15,7 +15,7 @@ const mostSentAhead = 64
  */
 export function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolean {
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open < mostSentAhead) return false
+  if (peer.open.length < mostSentAhead) return false
   if (!socket.destroyed) {
     note(edge, peer.address, 0, 'EDGE_OVERLOADED')
     socket.destroy()
@@ -40,7 +40,7 @@ export function answerClientError(edge: Edge, error: NodeJS.ErrnoException, sock
   }
   // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it.
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open > 0) {
+  if (peer.open.length > 0) {
     socket.destroy()
     return
   }

@@ -1,4 +1,5 @@
 /** Who is at the other end of a client connection; found out once per connection. */
+import type { ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import type { NetworkTable } from '#policies/address.ts'
 
@@ -11,8 +12,8 @@ export type Peer = {
   readonly localPort: string
   /** The connection ends with the answer under way: whatever the client sent behind that request is not a request. */
   closing: boolean
-  /** Requests of this connection that have not ended. */
-  open: number
+  /** Answers of this connection that have not ended. A list: one as a rule, and a Set that is filled and emptied for good is made anew every few requests. */
+  readonly open: ServerResponse[]
 }
 
 const peerKey = Symbol('peer')
@@ -24,7 +25,7 @@ export function peerOf(socket: KnownSocket, trusted: NetworkTable): Peer {
 
 function readPeer(socket: Socket, trusted: NetworkTable): Peer {
   const address = plainAddress(socket.remoteAddress ?? '')
-  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: 0 }
+  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: [] }
 }
 
 /** IPv4 as it is written everywhere else, where a dual-stack listener says it the IPv6 way. */

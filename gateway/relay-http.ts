@@ -1,5 +1,6 @@
 /** One HTTP request to a sandbox and its response back, over a connection of `upstream.ts`. */
-import type { ServerResponse } from 'node:http'
+import { STATUS_CODES, type ServerResponse } from 'node:http'
+import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
 import { hostName, prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
@@ -148,7 +149,8 @@ class HttpRelay implements Relay, Handler, Exchange {
     if (this.draining()) out.push('connection', 'close')
     this.#stream = String(fields['content-type'] ?? '').startsWith('text/event-stream')
     try {
-      response.writeHead(status, reason, out)
+      // undici reads it as UTF-8, node:http writes Latin-1: what does not fit is left to the status.
+      response.writeHead(status, reason !== undefined && reasonFits.test(reason) ? reason : undefined, out)
     } catch (error) {
       throw new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox sent a header that HTTP does not allow', { cause: error })
     }
@@ -206,7 +208,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     if (this.#upstream.destroyed) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
     if (this.#retryStale(wire, error) || this.#retryBooting(error)) return
     // undici's parser errors carry no code (its table maps names to numbers, not numbers to names).
-    this.#fail(error.name === 'HTTPParserError' ? new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox did not answer in HTTP') : toFault(error))
+    this.#fail(error.name === 'HTTPParserError' || error.name === 'AssertionError' ? new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox did not answer in HTTP') : toFault(error))
   }
 
   /** A connection that served before may die under a request that the sandbox never saw. One more try, when a replay is safe. */
@@ -241,7 +243,10 @@ class HttpRelay implements Relay, Handler, Exchange {
   #inform(status: number, fields: ResponseFields): void {
     const { request, response } = this.#visit
     if (status < 102 || request.httpVersionMinor === 0 || response === null || response.headersSent) return
-    response.writeInformation(status, responseFields(fields, null, ''))
+    const informative = responseFields(fields, null, '')
+    // A response that waits for its turn: node:http would put what it holds back behind the final head, into the body.
+    if (response.socket === null) response.once('socket', (socket: Socket) => socket.write(`HTTP/1.1 ${status} ${STATUS_CODES[status] ?? ''}\r\n${fieldLines(informative)}\r\n`, 'latin1'))
+    else response.writeInformation(status, informative)
   }
 
   #fail(fault: Fault): void {
@@ -260,6 +265,9 @@ class HttpRelay implements Relay, Handler, Exchange {
     this.#active.delete(this)
   }
 }
+
+/** What node:http writes (RFC 9112 §4). */
+const reasonFits = /^[\t\x20-\x7e\x80-\xff]*$/
 
 /** Bodies up to this size go out together with the head. */
 const smallBody = 16 * 1024
@@ -289,6 +297,12 @@ function dropField(out: string[], name: string, when: boolean): void {
 function hasFields(fields: ResponseFields): boolean {
   for (const name in fields) if (Object.hasOwn(fields, name)) return true
   return false
+}
+
+function fieldLines(fields: readonly string[]): string {
+  let lines = ''
+  for (let i = 0; i < fields.length; i += 2) lines += `${fields[i]}: ${fields[i + 1]}\r\n`
+  return lines
 }
 
 function asPairs(fields: ResponseFields): [string, string][] {

@@ -2,7 +2,7 @@
  * WebSocket upgrades: http-proxy-3 dials and pipes, behind cleaned headers and a stream of ours instead of the client's socket.
  * The only importer of http-proxy-3. What it would do to the heads of both sides is done here, because it merges repeated fields.
  */
-import { Agent, ServerResponse, type ClientRequest, type IncomingMessage } from 'node:http'
+import { Agent, ServerResponse, STATUS_CODES, type ClientRequest, type IncomingMessage } from 'node:http'
 import { performance } from 'node:perf_hooks'
 import type { Socket } from 'node:net'
 import httpProxy from 'http-proxy-3'
@@ -167,7 +167,7 @@ class Tunnel implements Belonging {
       else connected()
     })
     outgoing.on('information', (info) => {
-      if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${info.statusMessage}`, answerFields(info.rawHeaders, this.#visit, this.#authority)) + '\r\n')
+      if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${STATUS_CODES[info.statusCode] ?? ''}`, answerFields(info.rawHeaders, this.#visit, this.#authority)) + '\r\n', 'latin1')
     })
     outgoing.once('upgrade', (response: IncomingMessage, upstream: Socket) => this.#open(response, upstream))
   }
@@ -197,20 +197,32 @@ class Tunnel implements Belonging {
 
   /** The sandbox answered with an ordinary response: it goes to the client as it is, and the connection ends with it. */
   #refused(incoming: IncomingMessage): void {
-    this.#answered = true
     const visit = this.#visit
-    visit.status = incoming.statusCode ?? 502
-    visit.firstByteAt = performance.now()
     const outgoing = new ServerResponse(visit.request)
-    outgoing.assignSocket(this.#socket)
     const fields = answerFields(incoming.rawHeaders, visit, this.#authority)
     fields.push('connection', 'close')
-    outgoing.writeHead(visit.status, incoming.statusMessage, fields)
+    try {
+      if (incoming.statusCode === 101) throw new Error('a 101 without Upgrade')
+      outgoing.writeHead(incoming.statusCode as number, incoming.statusMessage, fields)
+    } catch {
+      // A status or a reason phrase that node:http reads and does not write.
+      incoming.destroy()
+      return this.fail(new Fault('EDGE_UPSTREAM_BROKEN'))
+    }
+    this.#answered = true
+    visit.status = incoming.statusCode as number
+    visit.firstByteAt = this.client.lastByteAt = performance.now()
+    outgoing.assignSocket(this.#socket)
     incoming.on('data', (chunk: Buffer) => {
       visit.bytesOut += chunk.length
+      this.client.lastByteAt = performance.now()
       if (outgoing.write(chunk)) return
       incoming.pause()
-      outgoing.once('drain', () => incoming.resume())
+      // Not the response's own: node:http hears of the sockets of its server only, and this one was handed over.
+      this.#socket.once('drain', () => {
+        this.client.lastByteAt = performance.now()
+        incoming.resume()
+      })
     })
     incoming.once('end', () => outgoing.end(() => this.#socket.destroySoon()))
     incoming.once('error', () => this.#socket.resetAndDestroy())
@@ -245,7 +257,7 @@ class Tunnel implements Belonging {
     if (this.client.refusedAt !== 0 && now - this.client.refusedAt > refusalMs) this.#socket.destroy()
     if (this.client.halfClosed && now - this.client.lastByteAt > lingerMs) this.#socket.destroy()
     // A connection that is not read from does not show that its other end is gone: what nobody takes for that long is given up.
-    if (this.#answered && idleTimeout > 0 && this.client.stalled && now - this.client.lastByteAt > idleTimeout) this.#socket.destroy()
+    if (this.#answered && idleTimeout > 0 && (this.client.stalled || !this.#visit.upgraded) && now - this.client.lastByteAt > idleTimeout) this.#socket.resetAndDestroy()
     if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
     this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
     this.#outgoing?.destroy()

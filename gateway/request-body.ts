@@ -2,6 +2,8 @@
  * The request's body on its way to the sandbox. undici destroys a body it no longer wants, and an IncomingMessage takes the client's
  * connection with it: this stream stands between, so that an early answer still reaches the client.
  */
+import type { ServerResponse } from 'node:http'
+import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Readable } from 'node:stream'
 import { Fault } from '#policies/fault.ts'
@@ -39,7 +41,7 @@ export class RequestBody extends Readable {
     this.begun = true
     if (this.#visit.awaitsContinue) {
       this.#visit.awaitsContinue = false
-      response?.writeContinue()
+      if (response !== null) writeContinue(response)
     }
     request.on('data', this.#onData).on('end', this.#onEnd).on('close', this.#onClose)
   }
@@ -65,4 +67,10 @@ export class RequestBody extends Readable {
   #onClose = (): void => {
     if (!this.#visit.request.readableEnded) this.destroy(new Fault('EDGE_BAD_REQUEST', 'the client went away'))
   }
+}
+
+/** At once, or when it is this response's turn: node:http would put what it holds back behind the final head. */
+function writeContinue(response: ServerResponse): void {
+  if (response.socket !== null) response.writeContinue()
+  else response.once('socket', (socket: Socket) => response.headersSent || socket.write('HTTP/1.1 100 Continue\r\n\r\n'))
 }

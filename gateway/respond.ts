@@ -33,7 +33,8 @@ export function refuse(visit: Visit, code: FaultCode, detail: string, draining: 
     visit.peer.closing = true
     headers.push('connection', 'close')
   }
-  response.writeHead(status, headers)
+  // With the phrase: one of the sandbox's may have been set by an attempt that failed.
+  response.writeHead(status, STATUS_CODES[status], headers)
   response.end(body)
 }
 

@@ -52,6 +52,7 @@ t.test('configuration: flags in Go syntax, environment, file, every problem at o
   const both = problemsOf(['--port', '70000', '--provider', 'static', '--workers', '0', '--trusted-proxies', 'x', '--secure-access-keys', 'a', '--base-domain', '***', '--admin-host', 'a:1'])
   for (const part of ['--port must', '--routes is required', '--workers must', '--trusted-proxies', '--secure-access-keys', '--base-domain', '--admin-host']) t.ok(both.some((problem) => problem.startsWith(part)), `one problem hides no other: ${part} in ${both.join(' | ')}`)
   t.same(problemsOf([...server, '--bogus']), ['--bogus is not a known flag'], 'said once')
+  for (const name of ['constructor', 'to-string', 'has-own-property']) t.same(problemsOf([...server, `--${name}=1`]), [`--${name} is not a known flag`], 'a name that every object has')
   t.same(problemsOf([...server, '--bogus', 'x', '--bogus2', '--port=1']), ['--bogus is not a known flag', '--bogus2 is not a known flag'])
   for (const host of ['localhost', '::1', '0.0.0.0', 'a.example']) t.same(problemsOf([...server, '--host', host]), [], host)
   for (const [argv, part] of [
@@ -170,7 +171,7 @@ t.test('a client of many IPv6 addresses is one client', async (t) => {
 t.test('whom a chain of proxies speaks for', async (t) => {
   const trusted = new NetworkTable()
   for (const text of ['10.0.0.0/8', '::1']) trusted.add(readNetwork(text) as NonNullable<ReturnType<typeof readNetwork>>, 0)
-  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: 0 })
+  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: [] })
   for (const [address, forwardedFor, client, why] of [
     ['192.0.2.1', '6.6.6.6', '192.0.2.1', 'a stranger speaks for himself'],
     ['10.0.0.1', '', '10.0.0.1', 'a proxy that says nothing'],
