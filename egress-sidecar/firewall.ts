@@ -264,6 +264,8 @@ const replaceTimeoutMs = 30_000
 
 /** Remembers by which way a name led to an address; the last one counts. */
 function noteLead(leads: Lead[], name: string, aliases: readonly (string | null)[]): void {
+  // Nearly always: the name that it was learned by, and no alias.
+  if (leads[0]?.name === name && leads[0].aliases === aliases) return
   const at = leads.findIndex((lead) => lead.name === name)
   const before = leads[at]
   if (before === undefined) {
