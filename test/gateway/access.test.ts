@@ -66,6 +66,43 @@ t.test('guessing signatures is slow', async (t) => {
   t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/`, 'OpenSandbox-Secure-Access: tok'))), 200, 'the header still works: it cannot be guessed')
 })
 
+t.test('who guesses locks out nobody else behind the same proxy', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('in'))
+  const { port } = upstream
+  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', secureAccessKeys: keysText, authFailuresPerMinute: 2, trustedProxies: ['127.0.0.0/8'] })
+  const good = `/sec/${port}/${future}/${signShort('a', secret, 'sec', port, future)}/`
+  const from = (client: string, target: string): Promise<string> => ask(gateway.port, get(target, `X-Forwarded-For: ${client}`))
+  for (let i = 0; i < 2; i++) t.equal(statusOf(await from('192.0.2.1', `/sec/${port}/${future}/0000000${i}a/`)), 401)
+  const rows: [client: string, status: number, why: string][] = [
+    ['192.0.2.1', 429, 'who guessed has to wait'],
+    ['192.0.2.2', 200, 'another client of the same proxy does not'],
+    ['192.0.2.2, 192.0.2.1', 429, 'what the guesser claims of itself is not believed'],
+  ]
+  for (const [client, status, why] of rows) t.equal(statusOf(await from(client, good)), status, why)
+})
+
+t.test('access is asked before readiness: who may not in learns nothing of the state', async (t) => {
+  for (const hideMissing of [false, true]) {
+    await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok', state: 'Paused' }, { id: 'bare', secureAccessToken: 'tok', host: '' }], { mode: 'uri', secureAccessKeys: keysText, hideMissing })
+    for (const [id, what] of [['sec', 'paused'], ['bare', 'no address yet']] as const) {
+      const rows: [why: string, status: number, text: string, path: string, ...headers: string[]][] = [
+        ['no proof', 401, 'signature required', '/'],
+        ['a wrong header', 401, 'signature: ', '/', 'OpenSandbox-Secure-Access: no'],
+        ['a wrong signature', 401, 'signature: ', `/${future}/00000000a/`],
+        ['a wrong token', 401, '', '/', 'Sallyport-Access: sp1.nonsense'],
+        ['the right header', 503, `sandbox not ready: ${id}`, '/', 'OpenSandbox-Secure-Access: tok'],
+        ['the right signature', 503, `sandbox not ready: ${id}`, `/${future}/${signShort('a', secret, id, 80, future)}/`],
+      ]
+      for (const [why, status, text, path, ...headers] of rows) {
+        const answer = await ask(gateway.port, get(`/${id}/80${path}`, ...headers))
+        const name = `${what}, ${why}${hideMissing ? ', hideMissing' : ''}`
+        t.equal(statusOf(answer), status, name)
+        t.ok(bodyOf(answer).includes(text), `${name}: ${bodyOf(answer)}`)
+      }
+    }
+  }
+})
+
 t.test('hideMissing: an unknown sandbox looks like a refused one, whatever is tried', async (t) => {
   const plain = (answer: string): string => answer.replace(/x-request-id: .*\r\n|Date: .*\r\n|"request_id":"[^"]*"/gi, '')
   const expired = signShort('a', secret, 'sec', 80, '1')
@@ -130,6 +167,10 @@ t.test('our strong token: header, path segment, query parameter, cookie', async 
     ['parameter, URI mode: no cookie, this request only', get(`/sec/${port}/p?a=1&sallyport_access=${token}&b=%2F`), '/p?a=1&b=%2F'],
     ['parameter, another method', host(get(`/p?sallyport_access=${token}`)).replace('GET', 'DELETE'), '/p'],
     ['cookie among others', host(get('/p', `Cookie: a=1; __Host-sallyport-access=${token}; b=2`)), '/p'],
+    ['cookies of both kinds, of which none counts', get(`/sec/${port}/p`, accept, `Cookie: sallyport-access=${token}; a=1; __Host-sallyport-access=${token}; b=2`), '/p'],
+    ['cookies in two lines', get(`/sec/${port}/p`, accept, 'Cookie: a=1; b=2', `Cookie: sallyport-access=${token}`), '/p'],
+    ['the first of several parameters counts, and none is left', get(`/sec/${port}/p?sallyport_access=${token}&a=1&sallyport_access=sp1.nonsense&sallyport_access=`), '/p?a=1'],
+    ['an open sandbox sees none of several', get(`/open/${port}/p?a=1&sallyport_access=${token}&sallyport_access=${token}`), '/p?a=1'],
     ['an open sandbox does not see one either', get(`/open/${port}/${token}/p?sallyport_access=${token}`, accept, `Cookie: __Host-sallyport-access=${token}`), '/p'],
     ['scope', get(`/sec/${port}/${mint({ scope: { methods: ['GET'], pathPrefix: '/api' } })}/api/x`), '/api/x'],
     ['a Referer with a segment', get(`/sec/${port}/${token}/p`, `Referer: http://gateway/sec/${port}/${token}/page`), '/p'],
@@ -142,23 +183,49 @@ t.test('our strong token: header, path segment, query parameter, cookie', async 
     const [url, headers] = JSON.parse(bodyOf(answer)) as [string, string]
     t.equal(url, path, name)
     t.notMatch(headers, /sp1\.|sallyport/i, `${name}: the sandbox never sees the token`)
-    if (name.startsWith('cookie')) t.match(headers, 'Cookie a=1; b=2')
+    if (name.startsWith('cookie')) t.ok(headers.includes('Cookie a=1; b=2'), `${name}: ${headers}`)
   }
 
   const entered = await ask(gateway.port, host(get(`//evil.test/p?x=1&sallyport_access=${token}`)))
   t.equal(statusOf(entered), 302, 'a browser is sent on without the token')
   t.match(entered, /\r\nlocation: \/\.\/\/evil\.test\/p\?x=1\r\n/i, 'and cannot be sent elsewhere')
+  const outside: [target: string, why: string][] = [
+    ['//evil.test', 'two slashes begin an authority'],
+    ['///evil.test', 'browsers take three for two'],
+    ['/\\evil.test', 'browsers take a backslash for a slash'],
+    ['/\\\\/evil.test', 'or two of them'],
+    ['/%5Cevil.test', 'an escape is none'],
+    ['/%2Fevil.test', 'nor is this one'],
+    ['/@evil.test', 'a path is no user information'],
+    ['/.//evil.test', 'a dot that is taken away leaves no authority'],
+  ]
+  for (const [target, why] of outside) {
+    for (const method of ['GET', 'HEAD']) {
+      const answer = await ask(gateway.port, host(get(`${target}?sallyport_access=${token}`)).replace('GET', method))
+      t.equal(statusOf(answer), 302, `${method} ${target}`)
+      const origin = `http://sec-${port}.gw.test`
+      const url = new URL(/\r\nlocation: (.*)\r\n/i.exec(answer)?.[1] ?? '', `${origin}/page`)
+      t.equal(url.origin, origin, `${method} ${target}: as a browser reads it, it stays on the host: ${why}`)
+    }
+  }
   const cookie = /set-cookie: (__Host-sallyport-access=[^;]+); Path=\/; Secure; HttpOnly; SameSite=Lax; Max-Age=(\d+)\r\n/i.exec(entered)
   t.ok(Number(cookie?.[2]) > 500 && Number(cookie?.[2]) <= 600, 'no longer than the token')
   t.equal(statusOf(await ask(gateway.port, host(get('/asset.css', `Cookie: ${cookie?.[1]}`)))), 200, 'and what it fetches then follows')
   t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/asset.css`, `Cookie: ${cookie?.[1]}`))), 401, 'but not in URI mode, where all sandboxes share one origin')
+  t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/asset.css`, `Cookie: sallyport-access=${token}`))), 401, 'nor does the cookie made for URI mode, unless configured')
   t.match(await ask(gateway.port, get(`/sec/${port}/${token}/move`)), `location: /sec/${port}/${token}/there\r\n`, 'a redirect keeps the entry')
 
   const own = JSON.parse(bodyOf(await ask(gateway.port, get(`/open/${port}/${token}x/p`, `Referer: http://gateway/open/${port}/page`)))) as [string, string]
   t.equal(own[0], `/${token}x/p`, 'what is no whole token may be a path of an open sandbox')
   t.match(own[1], `referer http://gateway/open/${port}/page`, 'and a Referer without one passes')
 
+  const signed = (signature: string, ...headers: string[]): string => get('/p', ...headers).replace('Host: gateway', `Host: sec-${port}-${future}-${signature}.gw.test`)
+  const [good, cookies] = [signShort('a', secret, 'sec', port, future), (value: string): string => `Cookie: __Host-sallyport-access=${value}`]
+  t.equal(statusOf(await ask(gateway.port, signed(good, cookies('sp1.nonsense')))), 200, 'a signature is asked before a cookie, which a browser sends unasked')
+
   const bad: [string, string, string][] = [
+    ['a wrong signature, which no cookie makes good', signed('00000000a', cookies(token)), 'signature: unauthorized: signature mismatch'],
+    ['the first of two parameters', get(`/sec/${port}/p?sallyport_access=sp1.nonsense&sallyport_access=${token}`), 'is malformed'],
     ['a character too many', get(`/sec/${port}/${token}x/p`), 'is malformed'],
     ['a character too many, with another proof', get(`/sec/${port}/${token}x/p`, 'Sallyport-Access: sp1.nonsense'), 'is malformed'],
     ['another sandbox', get(`/sec/${port}/${mint({ id: 'open' })}/`), 'is not valid for this sandbox and port'],

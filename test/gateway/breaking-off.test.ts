@@ -130,6 +130,33 @@ t.test('a stale connection is tried once more when a replay is safe, and only th
   }
 })
 
+t.test('a connection that dies under its very first request was not stale: nothing is asked twice', async (t) => {
+  for (const [name, die] of [['end', (socket: Socket) => void socket.end()], ['reset', (socket: Socket) => void socket.resetAndDestroy()]] as const) {
+    let [warm, asked] = [false, 0]
+    await using upstream = await startRaw((socket) => {
+      socket.on('data', () => {
+        asked++
+        if (warm) socket.write('HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok')
+        else die(socket)
+      })
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    t.equal(statusOf(await ask(gateway.port, get(`/a/${upstream.port}/`))), 502, name)
+    t.equal(asked, 1, `${name}: asked ${asked} times`)
+    // What another connection to the same port served makes a new one no older.
+    warm = true
+    const slow = new RawClient(gateway.port).send(get(`/a/${upstream.port}/`))
+    await slow.until((c) => c.received.endsWith('ok'))
+    slow.close()
+    for (const socket of upstream.sockets) socket.destroy()
+    await eventually(() => upstream.sockets.size === 0, 'the kept connection is gone')
+    await delay(50)
+    ;[warm, asked] = [false, 0]
+    t.equal(statusOf(await ask(gateway.port, get(`/a/${upstream.port}/`))), 502, `${name}, redialled`)
+    t.equal(asked, 1, `${name}, redialled: asked ${asked} times`)
+  }
+})
+
 t.test('a port that is still booting is waited for, for a bounded time', async (t) => {
   const reserved = await startRaw(() => undefined)
   const { port } = reserved
@@ -144,7 +171,10 @@ t.test('a port that is still booting is waited for, for a bounded time', async (
   t.match(await client.untilClosed(), /^HTTP\/1\.1 200[\s\S]*late/)
   late.closeAllConnections()
   await new Promise((resolve) => late.close(resolve))
-  t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused at once')
+  const gone = Date.now()
+  t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused')
+  // More than 2 s of its grace are left.
+  t.ok(Date.now() - gone < 1_000, `at once: after ${Date.now() - gone} ms`)
 })
 
 t.test('a port that never opens is given up, and a body that waited for one goes out once', async (t) => {

@@ -142,6 +142,26 @@ t.test('a new owner of an exclusive address ends the old one, even without a del
   t.equal(shared.size, 2, 'loopback may be shared')
 })
 
+t.test('which addresses have one owner: with routes from a server, all but the own ones of this host', async (t) => {
+  const rows: [provider: 'server' | 'static', host: string, shared: boolean, why: string][] = [
+    ['server', '192.0.2.10', false, 'an engine gives an address to one sandbox at a time'],
+    ['server', '2001:db8::10', false, 'also an IPv6 one'],
+    ['server', 'sandbox.test', false, 'and a name'],
+    ['server', '127.0.0.1', true, 'published ports of many sandboxes are on loopback'],
+    ['server', '::1', true, 'also on this one'],
+    ['server', 'localhost', true, 'by whatever name'],
+    ['static', '192.0.2.10', true, 'who writes a routes file may name one host twice'],
+  ]
+  for (const [provider, host, shared, why] of rows) {
+    await using gateway = await startGateway([{ id: 'old', host }], { provider })
+    const { table } = gateway.gateway
+    let ended = 0
+    table.tiesOf(table.get('old') as Sandbox).others.add({ destroy: () => void ended++ })
+    table.put(entry({ id: 'new', host }))
+    t.same([table.get('old') !== undefined, table.get('new') !== undefined, ended], [shared, true, shared ? 0 : 1], `${provider}, ${host}: ${why}`)
+  }
+})
+
 /** Each request names in its path whom it is for. */
 const asks = {
   GET: (id: string, port: number) => get(`/${id}/${port}/${id}`, 'Accept: application/json'),

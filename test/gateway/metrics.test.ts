@@ -20,7 +20,10 @@ t.test('each outcome is counted where an operator looks for it', async (t) => {
   client.close()
   await eventually(() => gateway.lines.length === requests.length + 1, 'all ended')
 
+  const seconds = (): number => (process.cpuUsage().user + process.cpuUsage().system) / 1e6
+  const before = seconds()
   const lines = (await gateway.gateway.metrics.registry.metrics()).split('\n')
+  const after = seconds()
   const expected = [
     'ingress_http_request_count{method="GET",status_code="200",proxy_type="http"} 2',
     'ingress_http_request_count{method="HEAD",status_code="200",proxy_type="http"} 1',
@@ -44,5 +47,10 @@ t.test('each outcome is counted where an operator looks for it', async (t) => {
   for (const line of expected) t.ok(lines.includes(line), line)
   const sum = Number(lines.find((line) => line.startsWith('ingress_routing_resolution_duration_seconds_sum '))?.split(' ')[1])
   t.ok(sum > 0 && sum < 1, `seven lookups took ${sum} s`)
+  const valueOf = (name: string): number => Number(lines.find((line) => line.startsWith(`${name} `))?.split(' ')[1])
+  const [memory, cpu] = [valueOf('ingress_system_memory_usage_bytes'), valueOf('ingress_system_cpu_usage')]
+  const resident = process.memoryUsage.rss()
+  t.ok(memory > resident / 2 && memory < resident * 2, `${memory} bytes, of ${resident} resident ones`)
+  t.ok(cpu >= before && cpu <= after, `${cpu} CPU seconds, between ${before} and ${after}`)
   t.notMatch(lines.join('\n'), /paused|nobody/, 'and no sandbox is named')
 })

@@ -1,7 +1,10 @@
 /** What an operator relies on: health, faults, time limits, access lines, draining. */
-import type { IncomingMessage } from 'node:http'
-import { connect, type Socket } from 'node:net'
+import { subscribe, unsubscribe } from 'node:diagnostics_channel'
+import type { IncomingMessage, Server } from 'node:http'
+import { connect, type AddressInfo, type Socket } from 'node:net'
 import t from 'tap'
+import { openAdmin } from '../../gateway/admin.ts'
+import { metricsType } from '../../gateway/metrics.ts'
 import { ask, bodyOf, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf, type TestGateway } from './support.ts'
 
 t.test('/status.ok for everybody, /readyz where no sandbox is named', async (t) => {
@@ -27,6 +30,25 @@ t.test('stale routes refuse new requests', async (t) => {
   t.equal(statusOf(await ask(gateway.port, get('/nobody/80/'))), 503, 'an unknown sandbox may only be unknown to us')
   t.equal(statusOf(await ask(gateway.port, get('/readyz'))), 503)
   t.equal(statusOf(await ask(gateway.port, get('/status.ok'))), 200, 'alive all the same')
+})
+
+t.test('/readyz of the admin listener says why nobody should ask', async (t) => {
+  const gateway = await startGateway([], { mode: 'uri' })
+  const { metrics, table, unready } = gateway.gateway
+  const admin = await openAdmin({ contentType: metricsType, metrics: () => metrics.registry.metrics(), unready: async () => unready() }, 0, '127.0.0.1', (error) => t.fail(String(error)))
+  t.teardown(() => admin.close())
+  const rows: [when: string, change: () => void, status: number, text: string][] = [
+    ['at work', () => undefined, 200, 'OK'],
+    ['no word from the provider', () => table.alive(-120_000), 503, 'routes are stale\n'],
+    ['it is heard again', () => table.alive(Infinity), 200, 'OK'],
+    ['shutdown', () => void gateway.close(), 503, 'draining\n'],
+  ]
+  for (const [when, change, status, text] of rows) {
+    change()
+    const answer = await ask((admin.address() as AddressInfo).port, get('/readyz'))
+    t.same([statusOf(answer), bodyOf(answer)], [status, text], when)
+  }
+  await gateway.close()
 })
 
 t.test('faults in three forms', async (t) => {
@@ -80,6 +102,28 @@ t.test('the access line is JSON, whatever the request holds', async (t) => {
   t.match(first, { msg: 'request', request_id: 'mine-1', client: '127.0.0.1', method: 'GET', sandbox_id: 'a', port: upstream.port, path: '/p"\\q', status: 200, bytes_out: 5, code: '' })
   t.notOk(gateway.lines[0]?.includes('secret'), 'no query')
   t.match(second?.['request_id'], /^[0-9a-f]{12}-/, 'an odd request id is replaced')
+})
+
+t.test('the access line says when, and how many bytes of body went each way', async (t) => {
+  await using upstream = await startHttp((request, response) => void request.resume().on('end', () => response.end(request.method === 'HEAD' ? undefined : 'answer')))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const target = `/a/${upstream.port}/`
+  const post = (field: string, body: string): string => get(target, field).replace('GET', 'POST') + body
+  const rows: [what: string, request: string, bytesIn: number, bytesOut: number][] = [
+    ['no body', get(target), 0, 6],
+    ['a length', post('Content-Length: 4', 'four'), 4, 6],
+    ['chunks, without their framing', post('Transfer-Encoding: chunked', '3\r\none\r\n5\r\nthree\r\n0\r\n\r\n'), 8, 6],
+    ['no answer to see', get(target).replace('GET', 'HEAD'), 0, 0],
+  ]
+  for (const [n, [what, request, bytesIn, bytesOut]] of rows.entries()) {
+    const before = Date.now()
+    await ask(gateway.port, request)
+    await eventually(() => gateway.lines.length > n, `${what}: logged`)
+    const line = JSON.parse(gateway.lines[n] as string) as { level: string; ts: string; bytes_in: number; bytes_out: number }
+    t.match(line, { level: 'info', bytes_in: bytesIn, bytes_out: bytesOut }, what)
+    t.match(line.ts, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/, `${what}: RFC 3339`)
+    t.ok(Date.parse(line.ts) >= before && Date.parse(line.ts) <= Date.now(), `${what}: ${line.ts} is now`)
+  }
 })
 
 type Line = { msg: string; request_id: string; path: string; status: number; code: string; duration_us: number; locate_us: number; dial_us: number; first_byte_us: number }
@@ -160,13 +204,51 @@ t.test('one line per request, with the id that the sandbox and the client got', 
   for (const id of ids) t.match(id, /^[0-9a-f]{12}-[0-9a-z]+$/)
 })
 
+t.test('an upload may take as long as it wants', async (t) => {
+  const limits: number[] = []
+  await using gateway = await startGateway([], { mode: 'uri' })
+  // Node's own limit is five minutes for a whole request, however steadily its bytes come; nobody wants to wait for that here.
+  const onRequest = (message: unknown): void => {
+    const { server } = message as { server: Server }
+    if ((server.address() as AddressInfo).port === gateway.port) limits.push(server.requestTimeout)
+  }
+  subscribe('http.server.request.start', onRequest)
+  t.teardown(() => unsubscribe('http.server.request.start', onRequest))
+  await ask(gateway.port, get('/status.ok'))
+  t.same(limits, [0], 'a whole request has no limit')
+})
+
+t.test('a time limit of 0 is none', async (t) => {
+  // Limits are looked after once a second.
+  const quiet = 2_500
+  await using upstream = await startHttp((request, response) => {
+    if (request.url === '/stops') response.write('half ')
+    setTimeout(() => response.end('whole'), quiet)
+  })
+  upstream.server.on('upgrade', (request: IncomingMessage, socket: Socket) => {
+    const refuses = request.url === '/no'
+    if (refuses) socket.write('HTTP/1.1 403 No\r\nContent-Length: 10\r\n\r\nhalf ')
+    setTimeout(() => socket.end(refuses ? 'whole' : 'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n'), quiet)
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', firstByteTimeout: 0, idleTimeout: 0 })
+  const target = `/a/${upstream.port}`
+  const upgrade = (path: string): string => get(target + path, 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==').replace('Connection: close', 'Connection: Upgrade')
+  const rows: [why: string, request: string, answer: RegExp][] = [
+    ['until it begins to answer', get(`${target}/late`), /^HTTP\/1\.1 200 [\s\S]*whole/],
+    ['between two pieces of an answer', get(`${target}/stops`), /^HTTP\/1\.1 200 [\s\S]*half [\s\S]*whole/],
+    ['until it upgrades', upgrade('/'), /^HTTP\/1\.1 101 /],
+    ['between two pieces of a refused upgrade', upgrade('/no'), /^HTTP\/1\.1 403 [\s\S]*half whole$/],
+  ]
+  await Promise.all(rows.map(async ([why, request, answer]) => t.match(await ask(gateway.port, request), answer, why)))
+})
+
 t.test('time limits', async (t) => {
   await using mute = await startRaw((socket) => void socket.resume())
   await using stalls = await startRaw((socket) => void socket.once('data', () => socket.write('HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhello')))
-  let closeEvents: () => void = () => undefined
-  await using events = await startHttp((_request, response) => {
-    response.writeHead(200, { 'content-type': 'text/event-stream' }).write('data: 1\n\n')
-    closeEvents = () => void response.end('data: 2\n\n')
+  const closeEvents: (() => void)[] = []
+  await using events = await startHttp((request, response) => {
+    response.writeHead(200, { 'content-type': request.url === '/plain' ? 'text/event-stream' : 'text/event-stream; charset=utf-8' }).write('data: 1\n\n')
+    closeEvents.push(() => void response.end('data: 2\n\n'))
   })
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', firstByteTimeout: 300, idleTimeout: 300, headerTimeout: 500, keepAliveTimeout: 400 })
   const late = await ask(gateway.port, get(`/a/${mute.port}/`))
@@ -175,8 +257,7 @@ t.test('time limits', async (t) => {
   half.send(get(`/a/${stalls.port}/`))
   await half.until((c) => c.closed || c.ended)
   t.ok(half.received.endsWith('hello'), 'an answer that stops is broken off')
-  const stream = new RawClient(gateway.port)
-  stream.send(get(`/a/${events.port}/`))
+  const streams = ['plain', 'charset'].map((path) => new RawClient(gateway.port).send(get(`/a/${events.port}/${path}`)))
   const upload = new RawClient(gateway.port)
   upload.send(`POST /a/${mute.port}/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhello`)
   const slow = new RawClient(gateway.port)
@@ -189,10 +270,10 @@ t.test('time limits', async (t) => {
   t.equal(statusOf(slow.received), 408, 'a head that never ends')
   t.notMatch(idle.received, / 200 /, 'a connection that never asks')
   t.match(between.received, /^HTTP\/1\.1 200/, 'and one that asks no more')
-  t.notOk(stream.ended, 'an event stream is spared')
-  closeEvents()
-  await stream.until((c) => c.received.includes('data: 2'))
-  for (const client of [half, stream, upload, slow, idle, between]) client.close()
+  t.same(streams.map((stream) => stream.ended), [false, false], 'event streams are spared, whatever else their type says')
+  for (const close of closeEvents) close()
+  for (const stream of streams) await stream.until((c) => c.received.includes('data: 2'))
+  for (const client of [half, ...streams, upload, slow, idle, between]) client.close()
 })
 
 t.test('limits answer, and are lifted again', async (t) => {

@@ -4,7 +4,9 @@ import { connect } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { parseAccessKeys, signShort } from '#policies/access.ts'
+import { mintAccessToken, parseAccessKeys, signShort } from '#policies/access.ts'
+import { wholeSandbox } from '#policies/access-token.ts'
+import { freePort } from '#test/support/program.ts'
 import { listening, main, start, startAs, startWith } from './program.ts'
 import { ask, bodyOf, eventually, get, RawClient, startHttp, startRaw, statusOf } from './support.ts'
 
@@ -94,6 +96,40 @@ t.test("the original's arguments start it, a file reload changes routes and keys
   t.ok(lines.some((line) => line.msg === 'closed'), 'it says so')
   t.ok(lines.some((line) => line.msg === 'request' && line.sandbox_id === 'a' && line.path === '/x'), 'access lines are flushed')
   t.notMatch(program.output(), signature)
+})
+
+t.test('a key that is withdrawn takes what it signed with it', async (t) => {
+  await using upstream = await startHttp((_request, response) => response.end('in'))
+  const keys = join(folder, 'withdrawn')
+  writeFileSync(keys, 'a=c2VjcmV0LWE=\nb=c2VjcmV0LWI=\n')
+  await using program = start('--port=0', '--mode=uri', '--provider=static', `--routes=${routesFile('secured.json', [{ id: 'sec', host: '127.0.0.1', secureAccessToken: 'tok' }])}`, '--allow-loopback-upstreams', `--secure-access-keys-file=${keys}`, '--auth-failures-per-minute=0')
+  const port = await listening(program)
+  const proofs = (keyId: 'a' | 'b'): string[] => {
+    const secret = Buffer.from(`secret-${keyId}`)
+    const token = mintAccessToken({ id: 'sec', port: upstream.port, epoch: 0, scope: wholeSandbox, keyId, secret, expires: 4_000_000_000n })
+    return [`/sec/${upstream.port}/x2qxvk/${signShort(keyId, secret, 'sec', upstream.port, 'x2qxvk')}/`, `/sec/${upstream.port}/${token}/`]
+  }
+  const statuses = (keyId: 'a' | 'b'): Promise<number[]> => Promise.all(proofs(keyId).map(async (target) => statusOf(await ask(port, get(target)))))
+  // Twice: what was found good once is remembered.
+  for (const time of ['first', 'second']) t.same([await statuses('a'), await statuses('b')], [[200, 200], [200, 200]], `both keys, the ${time} time`)
+  writeFileSync(keys, 'b=c2VjcmV0LWI=\n')
+  let seen = await statuses('a')
+  for (const until = Date.now() + 10_000; seen.includes(200) && Date.now() < until; seen = await statuses('a')) await new Promise((resolve) => setTimeout(resolve, 100))
+  t.same(seen, [401, 401], 'short signature and strong token')
+  t.same(await statuses('b'), [200, 200], 'the other key goes on')
+})
+
+t.test('log levels, by the names of the original', async (t) => {
+  for (const [level, told] of [['warning', ['warn']], ['warn', ['warn']], ['info', ['warn', 'info']], ['loud', ['warn', 'info']], ['error', []]] as const) {
+    const port = await freePort()
+    // A flag without effect is worth a warning; that it listens is worth an info.
+    await using program = start('--namespace=opensandbox', `--log-level=${level}`, `--port=${port}`, '--host=127.0.0.1', '--access-log=off', '--provider=static', `--routes=${routesFile('none.json', [])}`)
+    const answers = async (): Promise<boolean> => (await ask(port, get('/status.ok')).catch(() => '')).startsWith('HTTP/1.1 200')
+    for (const until = Date.now() + 15_000; !(await answers()) && Date.now() < until; ) await new Promise((resolve) => setTimeout(resolve, 50))
+    program.child.kill('SIGTERM')
+    t.equal(await program.code, 0, level)
+    t.same([...new Set(program.output().split('\n').filter((line) => line !== '').map((line) => (JSON.parse(line) as { level: string }).level))], told, `--log-level=${level}`)
+  }
 })
 
 t.test('metrics on a listener of their own, access lines in a file', async (t) => {
