@@ -34,6 +34,8 @@ export async function preparePolicyFile(path: string, policy: NetworkPolicy): Pr
   const mode = await stat(path).then((found) => found.mode & 0o777, () => 0o600)
   const file = await open(temporary, 'w', mode)
   try {
+    // Not by the umask's leave, and also where a crash has left the file behind.
+    await file.chmod(mode)
     await file.writeFile(`${JSON.stringify({ egress: policy.egress, defaultAction: policy.defaultAction }, null, 2)}\n`)
     await file.sync()
   } finally {

@@ -10,7 +10,7 @@
  *   leave   (postrouting, 0)                      the loopback's own addresses never go out of another device
  *
  * Learned addresses live in `dyn_allow_v4/v6`, which survive every replacement of the rules; those that a new policy takes away are in
- * `shut_v4/v6` until no packet can renew them any more.
+ * `shut_v4/v6` until no packet can renew them any more. `alive` is empty when the sidecar has given no sign of life, and its way out is closed.
  * Addresses and networks have sets of their own: nft reads every plain interval set back before each command (8 ms with 4,096
  * elements), hash sets and concatenated ones it does not (0.35 ms); hence `addr . protocol` for networks.
  */
@@ -92,6 +92,7 @@ export function bootStatements(): string[] {
     ...families.flatMap((f) => ['allow', 'deny'].flatMap((action) => addSets(action, f))),
     ...families.map((f) => `add set ${table} doh_block_v${f.n} { type ${f.type} . inet_proto; flags interval; }`),
     ...families.map((f) => `add set ${table} control_v${f.n} { type ${f.type} . inet_proto . inet_service; }`),
+    `add set ${table} alive { type inet_proto; flags timeout; }`,
     `add chain ${table} forward { type filter hook forward priority 0; policy drop; }`,
     `add chain ${table} leave { type filter hook postrouting priority 0; policy accept; }`,
     // A socket bound to a device sends even packets for the loopback there, also those that a redirect sends to it.
@@ -121,8 +122,20 @@ export function policyStatements(input: RulesetInput, shut: readonly string[] = 
 
 /** Takes the sidecar's own way out away and leaves every other rule: for the end of the process. */
 export function closeStatements(): string[] {
-  return [`flush chain ${table} exempt`]
+  return [`flush chain ${table} exempt`, `flush set ${table} alive`]
 }
+
+/** Seconds. Whoever dies without a word leaves a way out that closes by itself, and a table that the next one may take. */
+export const heartbeat = { every: 5, lasts: 30 } as const
+
+/** Says that the sidecar lives. */
+export function aliveStatements(): string[] {
+  // Kernels before 6.12 keep the old expiry of an element that is there already.
+  return [...['add', 'delete'].map((verb) => `${verb} element ${table} alive { udp, tcp }`), `add element ${table} alive { udp timeout ${heartbeat.lasts}s, tcp timeout ${heartbeat.lasts}s }`]
+}
+
+/** Fails where no sidecar lives. */
+export const askAliveStatement = `get element ${table} alive { udp }`
 
 /** Lets the sidecar itself, nobody else, go to one TCP port of one address: the only such place from now on. */
 export function controlStatements(address: string, port: number): string[] {
@@ -220,12 +233,14 @@ function natRules({ exemption, upstreams, openResolvers, ipv6 }: RulesetInput): 
 
 function exemptRules({ exemption, upstreams, openResolvers, control }: RulesetInput): string[] {
   const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
-  if (control && exemption.protocols.includes('tcp')) own.push(...families.map((f) => `${exemption.match} ${f.ip} daddr . meta l4proto . th dport @control_v${f.n} accept`))
+  if (control && exemption.protocols.includes('tcp')) own.push(...families.map((f) => `${exemption.match} ${f.ip} daddr . meta l4proto . th dport @control_v${f.n} ${whileAlive} accept`))
   return [...own, ...openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)]
 }
 
+const whileAlive = 'meta l4proto @alive'
+
 function toUpstream(exemption: Exemption, { address, port }: Upstream, protocol: 'udp' | 'tcp'): string {
-  return `${exemption.match} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port}`
+  return `${exemption.match} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port} ${whileAlive}`
 }
 
 // A reset or an ICMP error reaches the client within milliseconds; a silent drop costs it its whole timeout.

@@ -25,7 +25,7 @@ import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
 import { askOnce } from './question.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
-import { bootStatements, closeStatements, dnsPort, listStatements } from './ruleset.ts'
+import { aliveStatements, askAliveStatement, bootStatements, closeStatements, dnsPort, heartbeat } from './ruleset.ts'
 import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
 import { createWebhook, type Webhook } from './webhook.ts'
 
@@ -62,6 +62,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
   let webhook: Webhook | null = null
   /** The rules are not ours to touch. */
   let another = false
+  let beating: NodeJS.Timeout | null = null
 
   async function start(): Promise<void> {
     if (await inHostNamespace()) throw new StartError('this is the network namespace of the host: refusing to filter it')
@@ -76,16 +77,17 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const ipv6 = hasIpv6Loopback()
     const kernel = (nft = createNft())
     const listening = await listenDns(ipv6 ? ['127.0.0.1', '::1'] : ['127.0.0.1'], dnsPort, (message, transport, done) => handler(message, transport, done)).catch((error: Error) => error)
-    if (listening instanceof Error && (await tableExists(kernel))) {
+    if (listening instanceof Error && (await anotherLives(kernel))) {
       another = true
-      throw new StartError(`the DNS port is taken, and the rules of another sidecar are there: ${listening.message}`)
+      throw new StartError(`another sidecar guards this namespace: ${listening.message}`)
     }
     // 2. nothing leaves any more
-    await kernel.apply(bootStatements()).catch((error: Error) => {
+    await kernel.apply([...bootStatements(), ...(listening instanceof Error ? [] : aliveStatements())]).catch((error: Error) => {
       throw new StartError(`the firewall cannot be written (NET_ADMIN is needed): ${error.message}`, { cause: error })
     })
     if (listening instanceof Error) throw listening
     listener = listening
+    beating = setInterval(() => void kernel.apply(aliveStatements()).catch((error: Error) => log.limited('egress.heartbeat', error.message)), heartbeat.every * 1000)
     admin = await listenAdmin(config.http, {
       keeper: () => keeper,
       token: config.token,
@@ -159,6 +161,7 @@ export function createSidecar(config: Config, log: Log): Sidecar {
       const enforced = unready === ''
       unready = 'stopping'
       if (reloader !== null) clearInterval(reloader)
+      if (beating !== null) clearInterval(beating)
       probes?.close()
       webhook?.close()
       await admin?.close()
@@ -171,9 +174,8 @@ export function createSidecar(config: Config, log: Log): Sidecar {
   }
 }
 
-/** A table of ours, whoever wrote it. */
-function tableExists(kernel: Nft): Promise<boolean> {
-  return kernel.apply([listStatements[0]]).then(() => true, () => false)
+function anotherLives(kernel: Nft): Promise<boolean> {
+  return kernel.apply([askAliveStatement]).then(() => true, () => false)
 }
 
 function elementsOf(rules?: Rules): number {

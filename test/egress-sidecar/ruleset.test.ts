@@ -73,10 +73,10 @@ t.test('what must come before what', async (t) => {
 
 t.test('the exemption never leads anywhere else', async (t) => {
   for (const statement of policyStatements(input)) {
-    if (statement.includes('0x1ee7')) t.match(statement, /^add rule inet opensandbox (nat|exempt) meta mark 0x1ee7 ip6? daddr (198\.51\.100\.53|2001:db8::53) (udp|tcp) dport (53|5353) accept$/)
+    if (statement.includes('0x1ee7')) t.match(statement, /^add rule inet opensandbox (nat|exempt) meta mark 0x1ee7 ip6? daddr (198\.51\.100\.53|2001:db8::53) (udp|tcp) dport (53|5353) meta l4proto @alive accept$/)
   }
   const control = (protocols: readonly ('udp' | 'tcp')[]): string[] => policyStatements({ ...input, control: true, exemption: { ...input.exemption, protocols } }).filter((statement) => statement.includes('control'))
-  for (const statement of control(['udp', 'tcp'])) t.match(statement, /^add rule inet opensandbox exempt meta mark 0x1ee7 ip6? daddr \. meta l4proto \. th dport @control_v[46] accept$/)
+  for (const statement of control(['udp', 'tcp'])) t.match(statement, /^add rule inet opensandbox exempt meta mark 0x1ee7 ip6? daddr \. meta l4proto \. th dport @control_v[46] meta l4proto @alive accept$/)
   t.equal(control(['udp', 'tcp']).length, 2)
   t.same(control(['udp']), [], 'where nothing proves that a TCP packet is ours, there is no way out for it')
 })

@@ -1,8 +1,8 @@
 /**
  * The sandbox of the egress namespace tests: runs inside the guarded namespace and does what a line of JSON on its standard input
- * says, one answer line each: {"ask":name,…}, {"connect":address,"port":n}, {"udp":…}, {"stream":…}, {"write":n}.
+ * says, one answer line each: {"ask":name,…}, {"connect":address,"port":n}, {"udp":…}, {"flow":…}, {"stream":…}, {"write":n}.
  */
-import { createSocket } from 'node:dgram'
+import { createSocket, type Socket as UdpSocket } from 'node:dgram'
 import { connect, type Socket } from 'node:net'
 import { createInterface } from 'node:readline'
 
@@ -16,6 +16,8 @@ export type Order = {
   connect?: string
   /** Sends a datagram and waits for its echo. */
   udp?: string
+  /** The same from a socket that stays, one for each address. */
+  flow?: string
   port?: number
   /** Opens a connection that stays. */
   stream?: string
@@ -27,21 +29,27 @@ export type Told = { result: string; ms: number; rcode?: number; answers?: numbe
 
 const patienceMs = 1500
 const streams: Socket[] = []
+const flows = new Map<string, UdpSocket>()
 
 function dnsQuery(name: string, type: number): Buffer {
   const labels = name.split('.').map((label) => Buffer.concat([Buffer.of(label.length), Buffer.from(label)]))
   return Buffer.concat([Buffer.of(0, 7, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0), ...labels, Buffer.of(0, type >> 8, type & 255, 0, 1)])
 }
 
-function overUdp(bytes: Buffer, address: string, port: number): Promise<Buffer | string> {
+function udpSocket(address: string): UdpSocket {
+  return createSocket(address.includes(':') ? 'udp6' : 'udp4')
+}
+
+/** @param flow socket that stays open */
+function overUdp(bytes: Buffer, address: string, port: number, flow?: UdpSocket): Promise<Buffer | string> {
   return new Promise((resolve) => {
-    const socket = createSocket(address.includes(':') ? 'udp6' : 'udp4')
+    const socket = flow ?? udpSocket(address)
     const timer = setTimeout(() => end('timeout'), patienceMs)
     const end = (outcome: Buffer | string): void => {
       clearTimeout(timer)
       socket.removeAllListeners()
       socket.on('error', () => undefined)
-      socket.close()
+      if (flow === undefined) socket.close()
       resolve(outcome)
     }
     socket.once('message', end)
@@ -50,6 +58,11 @@ function overUdp(bytes: Buffer, address: string, port: number): Promise<Buffer |
       if (error !== null) end((error as NodeJS.ErrnoException).code ?? 'error')
     })
   })
+}
+
+async function ping(address: string, port = 80, flow?: UdpSocket): Promise<string> {
+  const reply = await overUdp(Buffer.from('ping'), address, port, flow)
+  return typeof reply === 'string' ? reply : 'echo'
 }
 
 function overTcp(bytes: Buffer | null, address: string, port: number): Promise<Buffer | string> {
@@ -91,9 +104,11 @@ async function obey(order: Order): Promise<Omit<Told, 'ms'>> {
     return { result: 'answered', rcode: (message[3] as number) & 15, answers: message.readUInt16BE(6) }
   }
   if (order.connect !== undefined) return { result: String(await overTcp(null, order.connect, order.port ?? 80)) }
-  if (order.udp !== undefined) {
-    const reply = await overUdp(Buffer.from('ping'), order.udp, order.port ?? 80)
-    return { result: typeof reply === 'string' ? reply : 'echo' }
+  if (order.udp !== undefined) return { result: await ping(order.udp, order.port) }
+  if (order.flow !== undefined) {
+    const socket = flows.get(order.flow) ?? udpSocket(order.flow)
+    flows.set(order.flow, socket)
+    return { result: await ping(order.flow, order.port, socket) }
   }
   if (order.stream !== undefined) {
     const socket = connect({ host: order.stream, port: order.port ?? 80 })

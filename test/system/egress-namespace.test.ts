@@ -1,20 +1,17 @@
 /** The sidecar as a process in a network namespace of its own, against real nft and a small internet behind a veth. */
-import { existsSync, mkdirSync, readFileSync, rmdirSync, symlinkSync, writeFileSync } from 'node:fs'
+import { existsSync, readFileSync, symlinkSync, writeFileSync } from 'node:fs'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
 import { makeCertificate } from '../support/certificate.ts'
 import { eventually } from '../support/program.ts'
 import { sized } from '../support/size.ts'
-import { createNamespaces, outside, type Namespaces, type Seen } from './egress-namespaces.ts'
+import { api, cgroupTree, createNamespaces, outside, ownCgroup, policy, type Seen } from './egress-namespaces.ts'
 
 await needs('root', 'nft', 'iptables', 'netns', 'curl')
 t.setTimeout(180_000)
 
-const policy = (...allowed: string[]): string => JSON.stringify({ egress: allowed.map((target) => ({ action: 'allow', target })) })
 const namesSeen = (seen: readonly Seen[]): string[] => seen.filter((line) => line.saw === 'dns').map((line) => line.name ?? '')
-const api = (space: Namespaces, method: string, body: string, ...headers: string[]): Promise<string> =>
-  space.run('curl', '-s', '-m', '5', '-w', '%{http_code}', '-X', method, '-d', body, ...headers.flatMap((header) => ['-H', header]), 'http://127.0.0.1:18080/policy')
 
 t.test('what an allow list lets out, and nothing else', async (t) => {
   await using space = await createNamespaces()
@@ -322,25 +319,6 @@ for (const [rung, tools, scheme] of [['cgroup-iptables', ['ip', 'sh', 'mount', '
     t.same((await space.ask({ connect: hook, port: 8443 }, { connect: hook, port: 443 })).map((told) => told.result), ['ECONNREFUSED', 'ECONNREFUSED'], 'the sandbox does not reach it')
     t.equal(await sidecar.end('SIGTERM'), 0)
   })
-}
-
-/** A cgroup below the root of the machine's cgroup2 tree; removed when nobody is in it any more. */
-async function ownCgroup(): Promise<AsyncDisposable & { readonly path: string }> {
-  const path = `${cgroupTree()}/egress-test-${process.pid}`
-  mkdirSync(path)
-  return {
-    path,
-    async [Symbol.asyncDispose]() {
-      await eventually('the cgroup is empty', async () => (readFileSync(`${path}/cgroup.procs`, 'utf8') === '' ? true : undefined))
-      rmdirSync(path)
-    },
-  }
-}
-
-function cgroupTree(): string {
-  const tree = ['/sys/fs/cgroup/unified', '/sys/fs/cgroup'].find((path) => existsSync(`${path}/cgroup.procs`))
-  if (tree === undefined) throw new Error('this machine has no cgroup2 tree')
-  return tree
 }
 
 function programPath(program: string): string {

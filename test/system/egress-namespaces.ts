@@ -1,13 +1,20 @@
 /** Two network namespaces and a veth between them: a guarded one, and the internet. Everything is removed at the end. */
 import { execa } from 'execa'
+import { existsSync, mkdirSync, readFileSync, rmdirSync } from 'node:fs'
 import { createInterface } from 'node:readline'
 import { setTimeout as delay } from 'node:timers/promises'
-import { root } from '../support/program.ts'
+import { eventually, root } from '../support/program.ts'
 import type { Order, Told } from './egress-inside.ts'
 
 export const outside = { v4: '198.51.100.53', v6: '2001:db8:53::53', other: '198.51.100.77' } as const
 export const openPorts = [80, 443, 853, 8443] as const
 let made = 0
+
+/** Everything denied but these. */
+export const policy = (...allowed: string[]): string => JSON.stringify({ egress: allowed.map((target) => ({ action: 'allow', target })) })
+/** Asks the policy API from inside; gives the answer and, right behind it, the status. */
+export const api = (space: Namespaces, method: string, body: string, ...headers: string[]): Promise<string> =>
+  space.run('curl', '-s', '-m', '5', '-w', '%{http_code}', '-X', method, '-d', body, ...headers.flatMap((header) => ['-H', header]), 'http://127.0.0.1:18080/policy')
 
 export type Seen = { saw: string; name?: string; type?: number; to?: string; port?: number; length?: number; text?: string; secure?: boolean }
 
@@ -23,6 +30,8 @@ export interface Namespaces extends AsyncDisposable {
   /** The same with a /var of its own, that holds an empty folder for always files; outside it is below /proc/<pid>/root. */
   startSidecarWithVar(env: Readonly<Record<string, string>>): Promise<RunningSidecar>
   run(program: string, ...args: string[]): Promise<string>
+  /** Starts what runs on until the end. Resolves with its first line, to the list of all its lines that grows on. */
+  runOn(where: 'inside' | 'internet', program: string, ...args: string[]): Promise<readonly string[]>
 }
 
 export type RunningSidecar = {
@@ -124,10 +133,42 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
       startSidecar: (env, cgroup = '') => startSidecar(env, cgroup, [process.execPath, 'egress-sidecar/main.ts']),
       startSidecarWithVar: (env) => startSidecar(env, '', ['unshare', '--mount', 'sh', '-c', 'mount -t tmpfs tmpfs /var && mkdir -p /var/egress/rules && exec "$@"', 'sh', process.execPath, 'egress-sidecar/main.ts']),
       run: async (program, ...args) => (await execa('ip', ['netns', 'exec', inside, program, ...args])).stdout,
+      async runOn(where, program, ...args) {
+        const child = execa('ip', ['netns', 'exec', where === 'inside' ? inside : internet, program, ...args], { reject: false, buffer: false })
+        child.stderr.setEncoding('utf8').on('data', (text: string) => process.stderr.write(text))
+        children.push(child)
+        const lines: string[] = []
+        await new Promise<void>((resolve, reject) => {
+          createInterface({ input: child.stdout }).on('line', (line) => {
+            lines.push(line)
+            resolve()
+          }).on('close', () => reject(new Error(`${program} ended without a word`)))
+        })
+        return lines
+      },
       [Symbol.asyncDispose]: removeAll,
     }
   } catch (error) {
     await removeAll()
     throw error
   }
+}
+
+/** A cgroup below the root of the machine's cgroup2 tree; removed when nobody is in it any more. */
+export async function ownCgroup(): Promise<AsyncDisposable & { readonly path: string }> {
+  const path = `${cgroupTree()}/egress-test-${process.pid}`
+  mkdirSync(path)
+  return {
+    path,
+    async [Symbol.asyncDispose]() {
+      await eventually('the cgroup is empty', async () => (readFileSync(`${path}/cgroup.procs`, 'utf8') === '' ? true : undefined))
+      rmdirSync(path)
+    },
+  }
+}
+
+export function cgroupTree(): string {
+  const tree = ['/sys/fs/cgroup/unified', '/sys/fs/cgroup'].find((path) => existsSync(`${path}/cgroup.procs`))
+  if (tree === undefined) throw new Error('this machine has no cgroup2 tree')
+  return tree
 }
