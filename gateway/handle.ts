@@ -156,7 +156,9 @@ function onClose(this: ServerResponse): void {
   else open.splice(place, 1)
   answer[relayKey]?.clientClosed()
   finish(answer.edge as Edge, visit)
-  if (!visit.request.complete && !visit.socket.destroyed) lingerBriefly(visit)
+  if (visit.request.complete || visit.socket.destroyed) return
+  visit.peer.unread = visit.request
+  lingerBriefly(visit)
 }
 
 /** A client that still uploads after its answer may do so for a short while, so that it gets to read the answer. */

@@ -38,9 +38,10 @@ export function answerClientError(edge: Edge, error: NodeJS.ErrnoException, sock
     socket.destroy()
     return
   }
-  // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it.
+  // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it. Where
+  // the body's request was answered already, for an answer to the next one.
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open.length > 0) {
+  if (peer.open.length > 0 || (peer.unread !== null && !peer.unread.complete)) {
     socket.destroy()
     return
   }

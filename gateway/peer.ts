@@ -1,5 +1,5 @@
 /** Who is at the other end of a client connection; found out once per connection. */
-import type { ServerResponse } from 'node:http'
+import type { IncomingMessage, ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import type { NetworkTable } from '#policies/address.ts'
 
@@ -14,6 +14,8 @@ export type Peer = {
   closing: boolean
   /** Answers of this connection that have not ended. A list: one as a rule, and a Set that is filled and emptied for good is made anew every few requests. */
   readonly open: ServerResponse[]
+  /** The last request that was answered before its body had come; null: none was. */
+  unread: IncomingMessage | null
 }
 
 const peerKey = Symbol('peer')
@@ -25,7 +27,7 @@ export function peerOf(socket: KnownSocket, trusted: NetworkTable): Peer {
 
 function readPeer(socket: Socket, trusted: NetworkTable): Peer {
   const address = plainAddress(socket.remoteAddress ?? '')
-  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: [] }
+  return { address, trusted: trusted.find(address) !== undefined, localPort: String(socket.localPort ?? ''), closing: false, open: [], unread: null }
 }
 
 /** IPv4 as it is written everywhere else, where a dual-stack listener says it the IPv6 way. */

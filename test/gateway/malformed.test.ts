@@ -75,6 +75,21 @@ t.test('a request that takes the connection over never overtakes an answer', asy
   }
 })
 
+t.test('a body that breaks behind its answer is no request that wants another', async (t) => {
+  await using gateway = await startGateway([], { mode: 'uri' })
+  const client = new RawClient(gateway.port).send('POST /nobody/80/ HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhel')
+  await client.until(({ received }) => received.endsWith('sandbox not found: nobody\n'))
+  client.send('lo\r\nnonsense\r\n')
+  const received = await client.untilClosed()
+  client.close()
+  t.equal(received.split('HTTP/1.1 ').length, 2, 'one answer to one request')
+  const again = new RawClient(gateway.port).send('POST /nobody/80/ HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhel')
+  await again.until((c) => c.received.endsWith('nobody\n'))
+  again.send('lononsense\r\n\r\n')
+  t.equal((await again.untilClosed()).split('HTTP/1.1 400 ').length, 2, 'a request behind a whole body does')
+  again.close()
+})
+
 t.test('connections too many even for a 503 are counted and logged', async (t) => {
   await using gateway = await startGateway([], { maxConnections: 1 })
   const clients = Array.from({ length: 24 }, () => new RawClient(gateway.port))

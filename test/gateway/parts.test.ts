@@ -171,7 +171,7 @@ t.test('a client of many IPv6 addresses is one client', async (t) => {
 t.test('whom a chain of proxies speaks for', async (t) => {
   const trusted = new NetworkTable()
   for (const text of ['10.0.0.0/8', '::1']) trusted.add(readNetwork(text) as NonNullable<ReturnType<typeof readNetwork>>, 0)
-  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: [] })
+  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: [], unread: null })
   for (const [address, forwardedFor, client, why] of [
     ['192.0.2.1', '6.6.6.6', '192.0.2.1', 'a stranger speaks for himself'],
     ['10.0.0.1', '', '10.0.0.1', 'a proxy that says nothing'],
