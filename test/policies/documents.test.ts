@@ -1,7 +1,7 @@
 /** Faults, configuration, static routes and wire names: the tables other programs rely on. */
 import t from 'tap'
-import Type from 'typebox'
-import { checkConfig, ConfigError } from '#policies/config.ts'
+import Type, { type TSchema } from 'typebox'
+import { checkConfig, ConfigError, schemaProblems } from '#policies/config.ts'
 import { Fault, faults, toFault } from '#policies/fault.ts'
 import { formatProblems } from '#policies/problem.ts'
 import { StaticRoutesReader } from '#policies/static-routes.ts'
@@ -44,6 +44,10 @@ t.test('configuration', async (t) => {
     t.match((error as ConfigError).message, 'host: is required; ')
   }
   t.throws(() => checkConfig(schema, 7), ConfigError)
+  const required: [property: TSchema, reason: string][] = [
+    [Type.Union([Type.Literal('a'), Type.Literal('b')]), 'is required: one of "a", "b"'], [Type.Union([Type.Literal('a'), Type.Number()]), 'is required'], [Type.String(), 'is required'],
+  ]
+  for (const [property, reason] of required) t.same(schemaProblems(Type.Object({ one: property }), {}), [{ path: 'one', reason }])
   t.equal(formatProblems([{ path: '', reason: 'no such file' }]), 'no such file')
 })
 
