@@ -14,9 +14,11 @@ import { listening, start } from './program.ts'
 import { eventually, startGateway, startRaw } from './support.ts'
 
 const MiB = 1024 * 1024
-const size = 64 * MiB
-/** On the way: two connections with a kernel's buffer at both ends, of 4 and 6 MiB at most unless the host is tuned, and what the gateway holds. Seldom half of it. */
-const mostHeld = 32 * MiB
+/** The most a kernel's buffer of this machine holds, bytes. */
+const bufferOf = (kind: 'rmem' | 'wmem'): number => Number(readFileSync(`/proc/sys/net/ipv4/tcp_${kind}`, 'utf8').trim().split(/\s+/).at(-1))
+/** On the way: two connections with a buffer at both ends, seldom full, and what the gateway holds. */
+const mostHeld = 2 * (bufferOf('rmem') + bufferOf('wmem')) + 8 * MiB
+const size = Math.max(64 * MiB, Math.ceil((1.5 * mostHeld) / MiB) * MiB)
 /** In the gateway: what it read and passed on until then, and has not collected yet. */
 const mostGrown = 20 * MiB
 
