@@ -3,7 +3,7 @@ import { STATUS_CODES, type ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
-import { hostName, prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
+import { headText, hostName, prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
 import { RequestBody, type Exchange } from './request-body.ts'
 import type { InFlight } from './in-flight.ts'
 import type { OpenRelay, Refusal, Relay } from './relay.ts'
@@ -207,7 +207,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     if (this.#over) return
     if (this.#upstream.destroyed) return this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
     if (this.#retryStale(wire, error) || this.#retryBooting(error)) return
-    // undici's parser errors carry no code (its table maps names to numbers, not numbers to names).
+    // undici's parser errors carry no code (its table maps names to numbers, not numbers to names); to a status below 100 it objects by assertion.
     this.#fail(error.name === 'HTTPParserError' || error.name === 'AssertionError' ? new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox did not answer in HTTP') : toFault(error))
   }
 
@@ -245,7 +245,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     if (status < 102 || request.httpVersionMinor === 0 || response === null || response.headersSent) return
     const informative = responseFields(fields, null, '')
     // A response that waits for its turn: node:http would put what it holds back behind the final head, into the body.
-    if (response.socket === null) response.once('socket', (socket: Socket) => socket.write(`HTTP/1.1 ${status} ${STATUS_CODES[status] ?? ''}\r\n${fieldLines(informative)}\r\n`, 'latin1'))
+    if (response.socket === null) response.once('socket', (socket: Socket) => socket.write(`${headText(`HTTP/1.1 ${status} ${STATUS_CODES[status] ?? ''}`, informative)}\r\n`, 'latin1'))
     else response.writeInformation(status, informative)
   }
 
@@ -297,12 +297,6 @@ function dropField(out: string[], name: string, when: boolean): void {
 function hasFields(fields: ResponseFields): boolean {
   for (const name in fields) if (Object.hasOwn(fields, name)) return true
   return false
-}
-
-function fieldLines(fields: readonly string[]): string {
-  let lines = ''
-  for (let i = 0; i < fields.length; i += 2) lines += `${fields[i]}: ${fields[i + 1]}\r\n`
-  return lines
 }
 
 function asPairs(fields: ResponseFields): [string, string][] {

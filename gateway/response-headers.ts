@@ -74,3 +74,10 @@ export function prefixRewriter(prefix: string, plain: string, authority: string)
     return reference(value)
   }
 }
+
+/** A head as it goes on the wire, but for the empty line behind it. @param fields name, value, name, value… */
+export function headText(line: string, fields: readonly string[]): string {
+  let text = `${line}\r\n`
+  for (let i = 0; i < fields.length; i += 2) text += `${fields[i]}: ${fields[i + 1]}\r\n`
+  return text
+}

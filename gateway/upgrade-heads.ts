@@ -47,9 +47,3 @@ export function answerFields(raw: readonly string[], visit: Visit, authority: st
   }
   return out
 }
-
-export function headText(line: string, fields: readonly string[]): string {
-  let text = `${line}\r\n`
-  for (let i = 0; i < fields.length; i += 2) text += `${fields[i]}: ${fields[i + 1]}\r\n`
-  return text
-}
