@@ -191,7 +191,11 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
         const entry = learned.get(address)
         if (entry !== undefined) entry.until = 0
       }
-      banned ||= named > 0
+      // Of those that were named already some may be in use, and be refused.
+      if (named > 0) {
+        banned = true
+        await forgetUnwanted([], replaceTimeoutMs).catch(() => undefined)
+      }
       throw error
     }
     updates++

@@ -176,7 +176,7 @@ export function forgetStatements(addresses: readonly string[]): string[] {
 }
 
 /** What `checks.ts` reads the installed rules back with. */
-export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`] as const
+export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`]
 
 function familyOf(address: string): Family {
   return address.includes(':') ? families[1] : families[0]

@@ -182,6 +182,28 @@ t.test('a policy that the kernel refuses leaves what was learned to be asked ane
   t.equal(await again, 'open')
 })
 
+t.test('bans that went ahead of a policy which the kernel then refused are lifted with its refusal', async (t) => {
+  const rules = allow('*.example')
+  const { nft, firewall } = await setUp(rules)
+  for (let i = 0; i < 10_000; i += 1000) await firewall.open('a.example', [], Array.from({ length: 1000 }, (_, k) => place(i + k)), 60, rules)
+  nft.hold()
+  const before = nft.transactions.length
+  const replaced = firewall.replace(allow('*.other'))
+  await turn()
+  nft.confirm()
+  await turn()
+  nft.confirm(new Error('Cannot allocate memory'))
+  await turn()
+  nft.confirm()
+  await t.rejects(replaced, /Cannot allocate/)
+  const [ahead, policy, lifted, ...more] = nft.transactions.slice(before)
+  t.match(ahead, /^add element inet opensandbox shut_v4/)
+  t.match(policy, /flush chain/)
+  t.equal(lifted, 'flush set inet opensandbox shut_v4; flush set inet opensandbox shut_v6', 'and nothing that is still allowed is deleted')
+  t.same(more, [])
+  t.equal(firewall.learned, 10_000)
+})
+
 t.test('connections of a sidecar that was here before are not taken for ours', async (t) => {
   const nft = fakeNft()
   await createFirewall(allow('*.example'), { nft, setting, mayOpen: createAddressJudge([]), now: () => 0, firstGeneration: 0x1234567 })
