@@ -48,7 +48,7 @@ export const GatewayConfigSchema = Type.Object({
   drainTimeout: milliseconds(30_000, 'until running requests are broken off at shutdown'),
   renewInterval: milliseconds(60_000, 'how often the lifecycle server is told that a sandbox with renew-on-access is used; 0: never'),
   maxHeaderBytes: Type.Integer({ minimum: 1_024, maximum: 1_048_576, default: 65_536, description: 'largest head of a request, bytes' }),
-  maxConnections: Type.Integer({ minimum: 1, default: 9_000, description: 'client connections beyond which requests are answered with 503' }),
+  maxConnections: Type.Integer({ minimum: 1, default: 9_000, description: 'client connections, and requests at once, beyond which requests are answered with 503' }),
   maxRequestsPerPort: Type.Integer({ minimum: 1, default: 1_024, description: 'requests at once to one port of one sandbox' }),
   maxUpgradesPerSandbox: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per sandbox' }),
   maxUpgradesPerClient: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per client address' }),
