@@ -14,11 +14,12 @@ import { InFlight, type Placed } from './in-flight.ts'
 import { Locator } from './locate.ts'
 import { answerClientError, noteDropped, sentTooFarAhead } from './malformed.ts'
 import { Metrics } from './metrics.ts'
+import { peerOf } from './peer.ts'
 import type { Relay, Tunnels } from './relay.ts'
 import { httpRelays } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { Renewals } from './renewals.ts'
-import { refuse } from './respond.ts'
+import { endsWithConnection, refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
@@ -125,6 +126,10 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     const connection = { place: 0, socket }
     connections.add(connection)
     socket.once('close', () => connections.delete(connection))
+    // Before node:http, which would bring whatever it is sending to a clean end.
+    socket.prependOnceListener('end', () => {
+      if (endsWithConnection(peerOf(socket, edge.trustedProxies))) socket.resetAndDestroy()
+    })
   })
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
   server.maxConnections = config.maxConnections + refusalMargin(config.maxConnections)

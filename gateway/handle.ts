@@ -8,7 +8,7 @@ import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead, type RequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
 import type { Relay } from './relay.ts'
-import { refuse } from './respond.ts'
+import { hangUp, refuse } from './respond.ts'
 import type { Sandbox } from './routes.ts'
 import { accessLine, Visit } from './visit.ts'
 
@@ -107,7 +107,7 @@ function beginRaw(edge: Edge, request: IncomingMessage, socket: Socket): Visit |
   if (visit.peer.open.length === 0 && !visit.peer.closing) return visit
   visit.code = 'EDGE_BAD_REQUEST'
   finish(edge, visit)
-  socket.destroy()
+  hangUp(socket, visit.peer)
   // node:http looks after the connection no more: an answer whose turn has not come would never hear that there is no client.
   for (const waiting of visit.peer.open.slice()) if (waiting.socket === null) onClose.call(waiting)
   return null

@@ -4,6 +4,7 @@ import type { Socket } from 'node:net'
 import type { FaultCode } from '#policies/fault.ts'
 import type { Edge } from './edge.ts'
 import { peerOf, plainAddress } from './peer.ts'
+import { hangUp } from './respond.ts'
 import { malformedLine } from './visit.ts'
 
 /** Requests of one connection that may wait for their answers. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */
@@ -18,7 +19,7 @@ export function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolea
   if (peer.open.length < mostSentAhead) return false
   if (!socket.destroyed) {
     note(edge, peer.address, 0, 'EDGE_OVERLOADED')
-    socket.destroy()
+    hangUp(socket, peer)
   }
   return true
 }
@@ -41,10 +42,7 @@ export function answerClientError(edge: Edge, error: NodeJS.ErrnoException, sock
   // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it. Where
   // the body's request was answered already, for an answer to the next one.
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open.length > 0 || (peer.unread !== null && !peer.unread.complete)) {
-    socket.destroy()
-    return
-  }
+  if (peer.open.length > 0 || (peer.unread !== null && !peer.unread.complete)) return hangUp(socket, peer)
   const { status, reason, code, text } = error.code === 'HPE_HEADER_OVERFLOW' ? tooLarge : error.code === 'ERR_HTTP_REQUEST_TIMEOUT' ? tooLate : unreadable
   note(edge, peer.address, status, code)
   const body = `OpenSandbox Ingress: ${text}\n`

@@ -1,6 +1,8 @@
 /** The only writer of error bodies: a fault becomes JSON for programs, a small page for browsers, and the original's text for the rest. */
 import { STATUS_CODES } from 'node:http'
+import type { Socket } from 'node:net'
 import { faults, type FaultCode } from '#policies/fault.ts'
+import type { Peer } from './peer.ts'
 import type { Visit } from './visit.ts'
 
 /** Seconds after which another try makes sense. */
@@ -44,6 +46,17 @@ export function breakOff(visit: Visit): void {
   // Without chunks or a length the end of the connection is the end of the body (HTTP/1.0): only a reset says otherwise.
   if (response !== null && !response.chunkedEncoding && !visit.hasLength) socket.resetAndDestroy()
   else socket.destroy()
+}
+
+/** Ends a client's connection, whatever is on it. */
+export function hangUp(socket: Socket, peer: Peer): void {
+  if (endsWithConnection(peer)) socket.resetAndDestroy()
+  else socket.destroy()
+}
+
+/** Is an answer under way whose end is the end of the connection (HTTP/1.0)? Then only a reset says that it is not whole. */
+export function endsWithConnection({ open: [answer] }: Peer): boolean {
+  return answer !== undefined && answer.headersSent && !answer.writableEnded && answer.req.httpVersionMinor === 0
 }
 
 /** ms a client has to take a refused upgrade and close. */

@@ -46,6 +46,34 @@ t.test('a reset ends a response without a length as what it is', async (t) => {
   t.notOk(client.received.endsWith('0\r\n\r\n'), 'no last chunk')
 })
 
+t.test('an HTTP/1.0 client that gives up its side in the middle of an answer never sees a regular end', async (t) => {
+  const ways: [string, (client: RawClient) => void][] = [
+    ['half-closed', (client) => void client.socket.end()],
+    ['bytes that are no request', (client) => client.send('\0\0\r\n\r\n')],
+    ['a handshake behind it', (client) => client.send('GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n')],
+    ['far too many requests behind it', (client) => client.send('GET / HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n'.repeat(80))],
+  ]
+  for (const framing of ['connection: close', 'transfer-encoding: chunked']) {
+    for (const [name, giveUp] of ways) {
+      const gone: Promise<void>[] = []
+      await using upstream = await startRaw((socket) => {
+        gone.push(new Promise((resolve) => socket.once('close', () => resolve())))
+        socket.on('end', () => socket.end())
+        socket.once('data', () => socket.write(`HTTP/1.1 200 OK\r\n${framing}\r\n\r\n${framing.startsWith('t') ? '5\r\nhello\r\n' : 'hello'}`))
+      })
+      await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+      const client = new RawClient(gateway.port)
+      client.send(`GET /a/${upstream.port}/ HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n\r\n`)
+      await client.until((c) => c.received.includes('hello'))
+      giveUp(client)
+      await client.until((c) => c.closed || c.ended)
+      t.ok(client.reset, `${framing}, ${name}: a reset`)
+      t.notOk(client.ended, `${framing}, ${name}: no end`)
+      await Promise.all(gone)
+    }
+  }
+})
+
 t.test('a client that leaves cancels the request, in every phase', async (t) => {
   for (const phase of ['before the answer', 'during the answer', 'during the upload'] as const) {
     const gone: Promise<void>[] = []
