@@ -82,6 +82,9 @@ export class ServerProvider implements Provider {
     response.setEncoding('utf8')
     response.on('data', (text: string) => {
       const problem = reader.feed(text)
+      // A long list comes in many pieces, of which libuv reads dozens in a row: requests take turns with them.
+      response.pause()
+      setImmediate(() => response.resume())
       if (problem === null) return
       this.#say(`unreadable event: ${problem}`)
       response.destroy()
