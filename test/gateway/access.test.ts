@@ -1,8 +1,9 @@
 /** Secured sandboxes: the original's decision table and signed routes, end to end. */
+import type { IncomingHttpHeaders } from 'node:http'
 import t from 'tap'
 import { mintAccessToken, parseAccessKeys, signShort, type Minting } from '#policies/access.ts'
 import { wholeSandbox } from '#policies/access-token.ts'
-import { ask, bodyOf, entry, get, keysText, startGateway, startHttp, statusOf } from './support.ts'
+import { ask, bodyOf, entry, get, keysText, RawClient, startGateway, startHttp, statusOf } from './support.ts'
 
 const parsed = parseAccessKeys(keysText)
 const secret = parsed.ok ? (parsed.keys.get('a') as Uint8Array) : new Uint8Array()
@@ -52,6 +53,39 @@ t.test('the decision table, in header and URI mode', async (t) => {
   }
   const logged = [...withKeys.lines, ...without.lines].join('')
   for (const leak of [good, future, 'tok"', 'z=1']) t.notOk(logged.includes(leak), `the access log does not hold ${leak}`)
+})
+
+t.test('an EventSource of a page gets in by the cookie of the page, event by event, and again after a break', async (t) => {
+  const seen: IncomingHttpHeaders[] = []
+  let say: (text: string) => void = () => undefined
+  let cut: () => void = () => undefined
+  await using upstream = await startHttp((request, response) => {
+    seen.push(request.headers)
+    response.writeHead(200, { 'content-type': 'text/event-stream' }).flushHeaders()
+    say = (text) => void response.write(text)
+    cut = () => void response.destroy()
+  })
+  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'wildcard', baseDomain: 'gw.test', secureAccessKeys: keysText })
+  const token = mintAccessToken({ id: 'sec', port: upstream.port, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: BigInt(Math.round(Date.now() / 1000) + 600) })
+  const host = (request: string): string => request.replace('Host: gateway', `Host: sec-${upstream.port}.gw.test`)
+  const entered = await ask(gateway.port, host(get(`/?sallyport_access=${token}`)))
+  const cookie = /set-cookie: (__Host-sallyport-access=[^;]+);/i.exec(entered)?.[1] ?? ''
+  // The fields of the HTML standard (server-sent events, 9.2.2 and 9.2.3).
+  const source = (...more: string[]): string => host(get('/events', 'Accept: text/event-stream', 'Cache-Control: no-cache', 'Sec-Fetch-Mode: cors', `Cookie: theirs=1; ${cookie}`, ...more))
+  for (const [turn, last] of [[1, ''], [2, 'Last-Event-ID: 12']] as const) {
+    const client = new RawClient(gateway.port).send(source(...(last === '' ? [] : [last])))
+    await client.until((c) => c.received.includes('\r\n\r\n'))
+    t.match(client.received, /^HTTP\/1\.1 200 [^]*content-type: text\/event-stream/i, `turn ${turn}: the head comes before any event`)
+    for (const id of [turn * 10 + 1, turn * 10 + 2]) {
+      say(`id: ${id}\ndata: x\n\n`)
+      await client.until((c) => c.received.includes(`id: ${id}\ndata: x\n\n`))
+    }
+    cut()
+    await client.untilClosed()
+    t.notOk(client.received.endsWith('0\r\n\r\n'), `turn ${turn}: a break is one, so that the page connects again`)
+  }
+  t.same(seen.map((headers) => [headers.cookie, headers['last-event-id']]), [['theirs=1', undefined], ['theirs=1', '12']], 'the sandbox sees its own cookies, and where to go on')
+  t.equal(statusOf(await ask(gateway.port, source().replace(`; ${cookie}`, ''))), 401, 'without the cookie there is no way in')
 })
 
 t.test('guessing signatures is slow', async (t) => {
