@@ -58,6 +58,13 @@ function livesOn(known: RouteEntry, next: RouteEntry): boolean {
   return known.lifecycle === next.lifecycle && known.host === next.host && (!over.has(next.state) || over.has(known.state))
 }
 
+function same(one: RouteEntry, other: RouteEntry): boolean {
+  return (
+    one.id === other.id && one.host === other.host && one.state === other.state && one.lifecycle === other.lifecycle &&
+    one.secureAccessToken === other.secureAccessToken && one.epoch === other.epoch && one.renewOnAccess === other.renewOnAccess
+  )
+}
+
 export class RouteTable {
   #byId = new Map<string, Sandbox>()
   /** Who has an address that only one may have. */
@@ -114,6 +121,12 @@ export class RouteTable {
     this.#tied.clear()
   }
 
+  /** The table's own copy of what it says already: what a long list repeats is then dropped young, and costs the collector nothing. */
+  known(entry: RouteEntry): RouteEntry {
+    const known = this.#byId.get(entry.id)?.entry
+    return known !== undefined && same(known, entry) ? known : entry
+  }
+
   put(entry: RouteEntry): void {
     const known = this.#byId.get(entry.id)
     if (known !== undefined && livesOn(known.entry, entry)) {
@@ -154,7 +167,7 @@ export class RouteTable {
       const known = this.#byId.get(entry.id)
       const stays = known !== undefined && livesOn(known.entry, entry)
       const sandbox = stays ? known : new Sandbox(entry)
-      if (stays) changed.push([sandbox, entry])
+      if (sandbox.entry !== entry) changed.push([sandbox, entry])
       if (this.#claims(entry)) {
         const before = byHost.get(entry.host)
         if (before !== undefined) byId.delete(before.entry.id)

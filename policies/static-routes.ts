@@ -28,7 +28,13 @@ export class StaticRoutesReader {
   /** What is wrong, an id that occurs twice and a host with a port included. */
   readonly problems: Problem[] = []
   readonly #fits = Compile(StaticRouteSchema)
+  readonly #known: (entry: RouteEntry) => RouteEntry
   #count = 0
+
+  /** @param known gives back an equal entry that is there already, where there is one: it is kept instead of the one that was read */
+  constructor(known: (entry: RouteEntry) => RouteEntry = (entry) => entry) {
+    this.#known = known
+  }
 
   /** @param value the parsed JSON without the list's elements, which come in parts */
   readDocument(value: unknown): void {
@@ -52,6 +58,9 @@ export class StaticRoutesReader {
     const { id, host, state = 'Running' } = sandbox
     if (this.routes.has(id)) this.problems.push({ path: `${path}.id`, reason: 'occurs twice' })
     else if (canonicalAddress(host) === null && !isHostName(host)) this.problems.push({ path: `${path}.host`, reason: 'is neither an IP address nor a host name (ports belong to requests)' })
-    else this.routes.set(id, { ...sandbox, state, lifecycle: `static:${host}` })
+    else {
+      const entry = this.#known({ ...sandbox, state, lifecycle: `static:${host}` })
+      this.routes.set(entry.id, entry)
+    }
   }
 }

@@ -5,6 +5,7 @@
 import { request as httpRequest, type ClientRequest, type IncomingMessage } from 'node:http'
 import { request as httpsRequest } from 'node:https'
 import { performance } from 'node:perf_hooks'
+import { setImmediate } from 'node:timers/promises'
 import { routeStreamPath, routeStreamPingSeconds, sandboxStates, type RouteEntry, type RouteEvent } from '#policies/wire.ts'
 import type { Provider } from '../gateway.ts'
 import type { RouteTable } from '../routes.ts'
@@ -24,6 +25,8 @@ const longestBackoff = 5_000
 /** Two pings missing: the stream is dead, whatever the kernel says. */
 const silence = (2 * routeStreamPingSeconds + 5) * 1_000
 const longestLine = 1024 * 1024
+/** Characters of the stream read at once: about half a millisecond. */
+const slice = 16 * 1024
 
 export class ServerProvider implements Provider {
   readonly #options: ServerOptions
@@ -80,17 +83,23 @@ export class ServerProvider implements Provider {
       this.#synced()
     })
     response.setEncoding('utf8')
-    response.on('data', (text: string) => {
-      const problem = reader.feed(text)
-      // A long list comes in many pieces, of which libuv reads dozens in a row: requests take turns with them.
-      response.pause()
-      setImmediate(() => response.resume())
-      if (problem === null) return
-      this.#say(`unreadable event: ${problem}`)
-      response.destroy()
-    })
+    response.on('data', (text: string) => void this.#read(response, reader, text))
     response.on('error', (error) => this.#say(`disconnected: ${error.message}`))
     response.on('end', () => this.#say('disconnected: the server ended the stream'))
+  }
+
+  /** A long list comes in many pieces, of which libuv reads dozens in a row: requests take turns with slices of them. */
+  async #read(response: IncomingMessage, reader: RouteReader, text: string): Promise<void> {
+    response.pause()
+    for (let at = 0; at < text.length && !response.destroyed; at += slice) {
+      const problem = reader.feed(text.slice(at, at + slice))
+      if (problem !== null) {
+        this.#say(`unreadable event: ${problem}`)
+        response.destroy()
+      }
+      await setImmediate()
+    }
+    response.resume()
   }
 
   #again(): void {
@@ -146,7 +155,7 @@ export class RouteReader {
         return
       case 'put':
         if (this.#listing === null) this.#table.put(event.sandbox)
-        else this.#listing.set(event.sandbox.id, event.sandbox)
+        else this.#list(this.#listing, event.sandbox)
         break
       case 'delete':
         if (this.#listing === null) this.#table.delete(event.id)
@@ -160,6 +169,11 @@ export class RouteReader {
     }
     // A list under way proves nothing yet: only a complete one is the truth.
     if (this.#listing === null && this.#later === null) this.#table.alive(performance.now())
+  }
+
+  #list(listing: Map<string, RouteEntry>, sandbox: RouteEntry): void {
+    const entry = this.#table.known(sandbox)
+    listing.set(entry.id, entry)
   }
 
   /** The list is complete: it becomes the table. */

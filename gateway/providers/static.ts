@@ -60,7 +60,7 @@ export class StaticProvider implements Provider {
   /** Takes the file a slice at a time, and gives way to requests between two of them. */
   async #load(version: string): Promise<void> {
     const { path } = this.#options
-    const reader = new StaticRoutesReader()
+    const reader = new StaticRoutesReader((entry) => this.#table.known(entry))
     try {
       const bytes = await readFile(path)
       // A file that could not be opened (no descriptor left, no permission) is tried again; one with a mistake waits for its next change.

@@ -4,10 +4,11 @@ import { createServer, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
 import { ConfigError } from '#policies/config.ts'
-import { routeStreamPath, type RouteEvent } from '#policies/wire.ts'
+import { routeStreamPath, type RouteEntry, type RouteEvent } from '#policies/wire.ts'
 import { readGatewayConfig } from '../../gateway/config.ts'
 import { FrameBoundary } from '../../gateway/frame-boundary.ts'
 import { readRequestHead, RequestHead } from '../../gateway/headers.ts'
@@ -296,6 +297,23 @@ t.test('a long list is taken in slices, in order with what follows, and a newer 
   t.same([table.get('s5'), table.get('s6')?.entry.lifecycle, table.get('last')], [undefined, '3', undefined], 'a list that was overtaken changes nothing any more')
 })
 
+t.test('what a list repeats is not kept twice, and what it changes is never lost', async (t) => {
+  const table = new RouteTable(() => false)
+  const whole: RouteEntry = { id: 'a', host: '10.0.0.1', state: 'Running', lifecycle: '1', secureAccessToken: 'tok', epoch: 1, renewOnAccess: true }
+  table.put(whole)
+  t.equal(table.known({ ...whole }), whole)
+  const changes: Partial<Record<keyof RouteEntry, unknown>>[] = [{ id: 'b' }, { host: '10.0.0.2' }, { state: 'Paused' }, { lifecycle: '2' }, { secureAccessToken: 'other' }, { secureAccessToken: undefined }, { epoch: 2 }, { renewOnAccess: undefined }]
+  for (const change of changes) {
+    const other = { ...whole, ...change } as RouteEntry
+    t.equal(table.known(other), other, JSON.stringify(change))
+  }
+  await table.replace(new Map([['a', { ...whole, epoch: 2 }]]))
+  t.equal(table.get('a')?.entry.epoch, 2)
+  const read = (event: RouteEvent[]): string | null => new RouteReader(table, () => undefined).feed(event.map((one) => `${JSON.stringify(one)}\n`).join(''))
+  read([{ type: 'reset' }, { type: 'put', sandbox: { ...whole, epoch: 3 } }, { type: 'put', sandbox: { ...whole, epoch: 2 } }, { type: 'synced' }])
+  t.equal(table.get('a')?.entry.epoch, 2, 'the last word of a list counts, also where the table had it before')
+})
+
 t.test('the route stream: token, reconnect, relist', async (t) => {
   const streams: ServerResponse[] = []
   const seen: (string | undefined)[] = []
@@ -330,6 +348,13 @@ t.test('the route stream: token, reconnect, relist', async (t) => {
   say(streams[1], { type: 'reset' }, { type: 'put', sandbox: entry({ id: 'b' }) }, { type: 'synced' })
   await eventually(() => table.get('b') !== undefined, 'relisted')
   t.notOk(table.get('a'), 'what ended in the gap is gone')
+  const many: RouteEvent[] = Array.from({ length: 20_000 }, (_none, n) => ({ type: 'put', sandbox: entry({ id: `s${n}` }) }))
+  const list = [{ type: 'reset' }, ...many, { type: 'synced' }].map((event) => `${JSON.stringify(event)}\n`).join('')
+  streams[1]?.write(list)
+  let turns = 0
+  for (; table.get('s19999') === undefined && turns < 100_000; turns++) await turn()
+  t.equal(table.size, 20_000)
+  t.ok(turns >= list.length / (16 * 1024), `${turns} turns for ${list.length} characters: requests get theirs meanwhile`)
   streams[1]?.write('nonsense\n')
   await eventually(() => streams.length === 3, 'a stream that cannot be read is opened anew')
 })
