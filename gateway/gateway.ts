@@ -19,6 +19,7 @@ import type { Relay, Tunnels } from './relay.ts'
 import { httpRelays } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { Renewals } from './renewals.ts'
+import { reset } from './reset.ts'
 import { endsWithConnection, refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
@@ -128,7 +129,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     socket.once('close', () => connections.delete(connection))
     // Before node:http, which would bring whatever it is sending to a clean end.
     socket.prependOnceListener('end', () => {
-      if (endsWithConnection(peerOf(socket, edge.trustedProxies))) socket.resetAndDestroy()
+      if (endsWithConnection(peerOf(socket, edge.trustedProxies))) reset(socket)
     })
   })
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.

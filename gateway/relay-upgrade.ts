@@ -9,6 +9,7 @@ import httpProxy from 'http-proxy-3'
 import { Fault, toFault } from '#policies/fault.ts'
 import { ClientStream } from './client-stream.ts'
 import type { Refusal, Tunnels } from './relay.ts'
+import { reset } from './reset.ts'
 import { headText } from './response-headers.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
 import { answerFields, upgradeFields } from './upgrade-heads.ts'
@@ -226,7 +227,7 @@ class Tunnel implements Belonging {
       })
     })
     incoming.once('end', () => outgoing.end(() => this.#socket.destroySoon()))
-    incoming.once('error', () => this.#socket.resetAndDestroy())
+    incoming.once('error', () => reset(this.#socket))
   }
 
   /** The dial failed, or the connection broke before an answer. */
@@ -258,7 +259,7 @@ class Tunnel implements Belonging {
     if (this.client.refusedAt !== 0 && now - this.client.refusedAt > refusalMs) this.#socket.destroy()
     if (this.client.halfClosed && now - this.client.lastByteAt > lingerMs) this.#socket.destroy()
     // A connection that is not read from does not show that its other end is gone: what nobody takes for that long is given up.
-    if (this.#answered && idleTimeout > 0 && (this.client.stalled || !this.#visit.upgraded) && now - this.client.lastByteAt > idleTimeout) this.#socket.resetAndDestroy()
+    if (this.#answered && idleTimeout > 0 && (this.client.stalled || !this.#visit.upgraded) && now - this.client.lastByteAt > idleTimeout) reset(this.#socket)
     if (this.#answered || firstByteTimeout === 0 || now - this.#visit.locatedAt < firstByteTimeout) return
     this.fail(new Fault('EDGE_UPSTREAM_TIMEOUT'))
     this.#outgoing?.destroy()
@@ -279,7 +280,7 @@ class Tunnel implements Belonging {
     this.#visit.bytesOut += this.client.bytesOut
     this.client.destroy()
     this.#outgoing?.destroy()
-    if (vanished) this.#upstream?.resetAndDestroy()
+    if (this.#upstream !== null && vanished) reset(this.#upstream)
     else this.#upstream?.destroy()
     this.#onEnd()
   }

@@ -3,6 +3,7 @@ import { STATUS_CODES } from 'node:http'
 import type { Socket } from 'node:net'
 import { faults, type FaultCode } from '#policies/fault.ts'
 import type { Peer } from './peer.ts'
+import { reset } from './reset.ts'
 import type { Visit } from './visit.ts'
 
 /** Seconds after which another try makes sense. */
@@ -44,13 +45,13 @@ export function refuse(visit: Visit, code: FaultCode, detail: string, draining: 
 export function breakOff(visit: Visit): void {
   const { response, socket } = visit
   // Without chunks or a length the end of the connection is the end of the body (HTTP/1.0): only a reset says otherwise.
-  if (response !== null && !response.chunkedEncoding && !visit.hasLength) socket.resetAndDestroy()
+  if (response !== null && !response.chunkedEncoding && !visit.hasLength) reset(socket)
   else socket.destroy()
 }
 
 /** Ends a client's connection, whatever is on it. */
 export function hangUp(socket: Socket, peer: Peer): void {
-  if (endsWithConnection(peer)) socket.resetAndDestroy()
+  if (endsWithConnection(peer)) reset(socket)
   else socket.destroy()
 }
 

@@ -1,6 +1,7 @@
 /**
  * Who may import whom. A new arrow or a new importer of a package is a decision: change these tables in a commit of its own that says why.
  */
+import { readFileSync } from 'node:fs'
 import path from 'node:path'
 import t from 'tap'
 import { importedNames, readImports, sourceFiles, type Import } from '#test/support/imports.ts'
@@ -84,6 +85,11 @@ t.test('so is a file of ours behind a door', async (t) => {
 
 t.test('so are the modules of Node that start programs or keep data', async (t) => {
   t.strictSame(imports.filter(({ file, target }) => target in nodeImporters && !mayImport(nodeImporters[target]!, file)).map(say), [])
+})
+
+t.test('a connection is reset in one place, which knows when Node cannot', async (t) => {
+  const resets = files.filter((file) => readFileSync(path.join(top, file), 'utf8').includes('resetAndDestroy('))
+  t.strictSame(resets, ['gateway/reset.ts'])
 })
 
 t.test('policies/ touches nothing outside: no Node module but node:crypto, in access files', async (t) => {

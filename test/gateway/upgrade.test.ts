@@ -3,6 +3,7 @@ import { createHash } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
 import { once } from 'node:events'
 import type { Socket } from 'node:net'
+import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { WebSocket, WebSocketServer } from 'ws'
 import { bodyOf, entry, eventually, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
@@ -232,6 +233,27 @@ t.test('a side that vanishes takes the other with it', async (t) => {
   }
   await eventually(() => gateway.lines.length === 2, 'two access lines')
   t.match(gateway.lines[0], /"msg":"upgrade".*"status":101/)
+})
+
+t.test('a side that said its end and then vanishes takes the other with it, too', async (t) => {
+  const opened: Socket[] = []
+  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void opened.push(socket.resume()))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  const client = new RawClient(gateway.port).send(handshake(`/a/${upstream.port}/`))
+  await client.until((c) => c.received.includes('\r\n\r\n'))
+  const socket = opened.pop() as Socket
+  const said = once(socket, 'end')
+  const lost = new Promise((resolve) => socket.once('close', resolve))
+  client.socket.end()
+  await said
+  client.close()
+  // A sandbox that goes on telling what nobody hears: the client's kernel answers with a reset.
+  socket.on('error', () => undefined)
+  const telling = setInterval(() => socket.writable && socket.write('more'), 20)
+  t.ok(await Promise.race([lost.then(() => true), delay(5_000, false)]), 'the sandbox hears of it')
+  clearInterval(telling)
+  await eventually(() => gateway.lines.length === 1, 'the access line')
+  t.equal((await gateway.gateway.metrics.registry.metrics()).match(/^sallyport_gateway_upgraded_connections (\d+)$/m)?.[1], '0')
 })
 
 t.test('a refusal of the sandbox is relayed as it is', async (t) => {
