@@ -19,8 +19,7 @@ import type { Relay, Tunnels } from './relay.ts'
 import { httpRelays } from './relay-http.ts'
 import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { Renewals } from './renewals.ts'
-import { reset } from './reset.ts'
-import { endsWithConnection, refuse } from './respond.ts'
+import { clientEnded, hangUp, refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
@@ -112,7 +111,8 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     // A response of 64 KiB fits without waiting for the client.
     highWaterMark: 128 * 1024,
     keepAlive: true,
-    requireHostHeader: true,
+    // Ours to refuse: node:http would go on to the requests behind it.
+    requireHostHeader: false,
     shouldUpgradeCallback: asksForWebSocket,
   })
   // Counted in readRequestHead: Node's own limit would drop the fields behind it without a word.
@@ -128,10 +128,14 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     connections.add(connection)
     socket.once('close', () => connections.delete(connection))
     // Before node:http, which would bring whatever it is sending to a clean end.
-    socket.prependOnceListener('end', () => {
-      if (endsWithConnection(peerOf(socket, edge.trustedProxies))) reset(socket)
-    })
+    socket.prependOnceListener('end', () => clientEnded(socket, peerOf(socket, edge.trustedProxies)))
   })
+  // Called by node:http, too, which takes a connection for idle as soon as its answer is written, also while a slow client has not got all of it.
+  const closeIdle = server.closeIdleConnections.bind(server)
+  server.closeIdleConnections = () => {
+    for (const { socket } of connections.all()) if (socket.writableLength > 0 && peerOf(socket, edge.trustedProxies).open.length > 0) return
+    closeIdle()
+  }
   // Beyond this not even a refusal can be sent: leave descriptors for the sandboxes' side.
   server.maxConnections = config.maxConnections + refusalMargin(config.maxConnections)
   server.on('drop', (dropped?: DropArgument) => noteDropped(edge, dropped?.remoteAddress))
@@ -166,7 +170,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
       for (const relay of relays.all()) relay.leave()
       tunnels.destroy()
       await until(() => relays.size === 0, performance.now() + partingMs)
-      for (const { socket } of connections.all()) socket.destroy()
+      for (const { socket } of connections.all()) hangUp(socket, peerOf(socket, edge.trustedProxies))
       await until(() => connections.size === 0, performance.now() + partingMs)
       table.endAll()
       for (const timer of timers) clearInterval(timer)

@@ -32,6 +32,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   }
 
   // 2. What needs no sandbox.
+  if (lacksHost(visit)) return refuse(visit, 'EDGE_BAD_REQUEST', 'missing Host', true)
   if (answersItself(visit, request.url as string)) return
 
   // 3. Find the sandbox, and ask whether this client may reach it.
@@ -57,6 +58,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
 export function handleUpgrade(edge: Edge, request: IncomingMessage, socket: Socket, early: Buffer): void {
   const visit = beginRaw(edge, request, socket)
   if (visit === null) return
+  if (lacksHost(visit)) return endUpgrade(edge, visit, new Fault('EDGE_BAD_REQUEST', 'missing Host'))
   const refused = edge.draining() ? { code: 'EDGE_DRAINING' as const, detail: '' } : admit(edge, visit)
   if (refused !== null) return endUpgrade(edge, visit, new Fault(refused.code, refused.detail))
   // Which bytes are its body and which belong to the tunnel would be anybody's guess.
@@ -78,6 +80,11 @@ export function asksForWebSocket(request: IncomingMessage): boolean {
   const { upgrade, connection } = request.headers
   if (request.method !== 'GET' || upgrade === undefined || connection === undefined) return false
   return connectionOptions(upgrade).has('websocket') && connectionOptions(connection).has('upgrade') && request.httpVersionMinor === 1
+}
+
+/** RFC 9112 §3.2: only HTTP/1.0 may do without. */
+function lacksHost({ head, request }: Visit): boolean {
+  return head.host === undefined && request.httpVersionMinor === 1
 }
 
 /**
@@ -168,6 +175,7 @@ function lingerBriefly(visit: Visit): void {
   const timer = setTimeout(() => {
     if (!visit.request.complete) visit.socket.destroy()
   }, lingerMs)
+  timer.unref()
   // Also when the connection ends: an incoming message closes with it.
   visit.request.once('close', () => clearTimeout(timer))
 }

@@ -1,5 +1,5 @@
 /** The only writer of error bodies: a fault becomes JSON for programs, a small page for browsers, and the original's text for the rest. */
-import { STATUS_CODES } from 'node:http'
+import { STATUS_CODES, type ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import { faults, type FaultCode } from '#policies/fault.ts'
 import type { Peer } from './peer.ts'
@@ -51,13 +51,20 @@ export function breakOff(visit: Visit): void {
 
 /** Ends a client's connection, whatever is on it. */
 export function hangUp(socket: Socket, peer: Peer): void {
-  if (endsWithConnection(peer)) reset(socket)
+  const answer = unframed(peer)
+  if (answer !== null && !answer.writableFinished) reset(socket)
   else socket.destroy()
 }
 
-/** Is an answer under way whose end is the end of the connection (HTTP/1.0)? Then only a reset says that it is not whole. */
-export function endsWithConnection({ open: [answer] }: Peer): boolean {
-  return answer !== undefined && answer.headersSent && !answer.writableEnded && answer.req.httpVersionMinor === 0
+/** The client has said its end. node:http sends what was written so far, and then ours: that must be all there is to say. */
+export function clientEnded(socket: Socket, peer: Peer): void {
+  const answer = unframed(peer)
+  if (answer !== null && !answer.writableEnded) reset(socket)
+}
+
+/** The answer under way whose end is the end of the connection (HTTP/1.0): only a reset says that it is not whole. */
+function unframed({ open: [answer] }: Peer): ServerResponse | null {
+  return answer !== undefined && answer.headersSent && answer.req.httpVersionMinor === 0 ? answer : null
 }
 
 /** ms a client has to take a refused upgrade and close. */

@@ -133,7 +133,8 @@ class Line extends Client {
   }
 
   hangUp(): void {
-    this.wire.socket?.destroy()
+    // With a reason: undici takes an end without one for the regular end of a body that has no length.
+    this.wire.socket?.destroy(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
   }
 }
 

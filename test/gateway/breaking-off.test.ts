@@ -3,7 +3,8 @@ import { subscribe, unsubscribe } from 'node:diagnostics_channel'
 import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
-import { ask, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+import type { RouteTable } from '../../gateway/routes.ts'
+import { ask, entry, eventually, get, RawClient, startGateway, startHttp, startRaw, statusOf, type TestGateway } from './support.ts'
 
 t.test('a sandbox that breaks off never looks like a regular end', async (t) => {
   const heads: [string, string, string][] = [
@@ -44,6 +45,81 @@ t.test('a reset ends a response without a length as what it is', async (t) => {
   await client.until((c) => c.closed || c.ended)
   t.match(client.received, 'hello')
   t.notOk(client.received.endsWith('0\r\n\r\n'), 'no last chunk')
+})
+
+t.test('a sandbox whose life ends in the middle of an answer never looks like a regular end either', async (t) => {
+  const ways: [string, (table: RouteTable) => void][] = [
+    ['deleted', (table) => table.delete('a')],
+    ['born again', (table) => table.put(entry({ id: 'a', lifecycle: '2' }))],
+    ['terminated', (table) => table.put(entry({ id: 'a', state: 'Terminated' }))],
+    ['deleted, and the client gone in the same turn', (table) => table.delete('a')],
+  ]
+  for (const framing of ['connection: close', 'transfer-encoding: chunked', 'content-length: 50']) {
+    for (const version of ['1.1', '1.0']) {
+      for (const [name, end] of ways) {
+        await using upstream = await startRaw((socket) => {
+          socket.on('end', () => socket.end())
+          socket.once('data', () => socket.write(`HTTP/1.1 200 OK\r\n${framing}\r\n\r\n${framing.startsWith('t') ? '5\r\nhello\r\n' : 'hello'}`))
+        })
+        await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+        const client = new RawClient(gateway.port)
+        client.send(`GET /a/${upstream.port}/ HTTP/${version}\r\nHost: x\r\n\r\n`)
+        await client.until((c) => c.received.includes('hello'))
+        end(gateway.gateway.table)
+        if (name.includes('client')) ownSide(client).destroy()
+        await client.untilClosed()
+        t.notOk(client.received.endsWith('0\r\n\r\n'), `${framing}, ${version}, ${name}: no last chunk`)
+        await eventually(() => gateway.lines.length === 1, 'the access line')
+        if (name.includes('client')) continue
+        if (version === '1.0' && !framing.startsWith('content-length')) t.ok(client.reset, `${framing}, ${version}, ${name}: a reset`)
+        t.match(gateway.lines[0], /"code":"EDGE_UPSTREAM_BROKEN"/)
+      }
+    }
+  }
+})
+
+/** The gateway's socket of a connection, which is in this process, too. */
+function ownSide(client: RawClient): Socket {
+  const handles = (process as unknown as { _getActiveHandles(): Partial<Socket>[] })._getActiveHandles()
+  return handles.find(({ localPort, remotePort }) => localPort === client.socket.remotePort && remotePort === client.socket.localPort) as Socket
+}
+
+t.test('the last of an answer that waits for a slow client is never cut off in order', async (t) => {
+  const ways: [string, version: string, (client: RawClient, gateway: TestGateway) => Promise<unknown> | undefined, 'whole' | 'reset'][] = [
+    ['the gateway goes, and has time', '1.0', (_client, { gateway }) => gateway.close(), 'whole'],
+    ['the gateway goes, and has time', '1.1', (_client, { gateway }) => gateway.close(), 'whole'],
+    ['the client says its end', '1.0', (client) => void client.socket.end(), 'whole'],
+    ['the client sends bytes that are no request', '1.0', (client) => void client.send('\0\0\r\n\r\n'), 'reset'],
+  ]
+  for (const [name, version, act, outcome] of ways) {
+    let sandbox: Socket | null = null
+    await using upstream = await startRaw((socket) => {
+      sandbox = socket
+      socket.on('end', () => socket.end())
+      socket.once('data', () => socket.write('HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n'))
+    })
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 10_000 })
+    const client = new RawClient(gateway.port)
+    client.send(`GET /a/${upstream.port}/ HTTP/${version}\r\nHost: x\r\n\r\n`)
+    await client.until((c) => c.received.includes('\r\n\r\n'))
+    client.socket.pause()
+    let size = 0
+    while (ownSide(client).writableLength === 0) {
+      size += 30_000
+      ;(sandbox as Socket | null)?.write('y'.repeat(30_000))
+      await delay(2)
+    }
+    ;(sandbox as Socket | null)?.end()
+    await delay(100)
+    const done = act(client, gateway)
+    await delay(100)
+    client.socket.resume()
+    await client.untilClosed(10_000)
+    const got = client.received.match(/y/g)?.length ?? 0
+    if (outcome === 'whole') t.same([got, client.reset], [size, false], `${name}, ${version}: all of it`)
+    else t.ok(client.reset, `${name}, ${version}: a reset`)
+    await done
+  }
 })
 
 t.test('an HTTP/1.0 client that gives up its side in the middle of an answer never sees a regular end', async (t) => {

@@ -28,6 +28,35 @@ t.test('bytes that are no request are answered once, counted and logged', async 
   }
 })
 
+t.test('nothing behind a request without Host is a request, and nobody is left without an answer before it', async (t) => {
+  const seen: string[] = []
+  await using sandbox = await startHttp((request, response) => {
+    seen.push(`${request.method} ${request.url}`)
+    setTimeout(() => response.end('ok'), request.url === '/slow' ? 100 : 0)
+  })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'auto' })
+  const target = (path: string): string => `/a/${sandbox.port}${path}`
+  const handshake = `GET ${target('/ws')} HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n`
+  const rows: [why: string, raw: string, answers: number[], reached: string[]][] = [
+    ['alone', `GET ${target('/bad')} HTTP/1.1\r\n\r\n`, [400], []],
+    ['to the gateway itself', 'GET /status.ok HTTP/1.1\r\n\r\n', [400], []],
+    ['for every sandbox', 'OPTIONS * HTTP/1.1\r\n\r\n', [400], []],
+    ['absolute-form does not replace it', `GET http://x${target('/bad')} HTTP/1.1\r\n\r\n`, [400], []],
+    ['a handshake', handshake, [400], []],
+    ['between two others', `GET ${target('/slow')} HTTP/1.1\r\nHost: x\r\n\r\nGET ${target('/bad')} HTTP/1.1\r\n\r\nDELETE ${target('/behind')} HTTP/1.1\r\nHost: x\r\n\r\n`, [200, 400], ['GET /slow']],
+    ['an empty one is one', `GET ${target('/empty')} HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n`, [200], ['GET /empty']],
+    ['HTTP/1.0 may do without', `GET ${target('/old')} HTTP/1.0\r\n\r\n`, [200], ['GET /old']],
+  ]
+  for (const [why, raw, answers, reached] of rows) {
+    const lines = gateway.lines.length
+    const received = await new RawClient(gateway.port).send(raw).untilClosed()
+    t.same([...received.matchAll(/HTTP\/1\.1 (\d+) /g)].map(([, status]) => Number(status)), answers, why)
+    await eventually(() => gateway.lines.length === lines + answers.length, `${why}: a line for each`)
+    if (answers.includes(400)) t.match(linesOf(gateway).at(-1), { status: 400, code: 'EDGE_BAD_REQUEST' }, `${why}: logged`)
+    t.same(seen.splice(0), reached, `${why}: what the sandbox saw`)
+  }
+})
+
 const connectAnswers: [accept: string, type: string, told: RegExp][] = [
   ['*/*', 'text/plain; charset=utf-8', /^OpenSandbox Ingress: CONNECT is not supported\n$/],
   ['application/json', 'application/json', /^\{"code":"EDGE_METHOD_NOT_ALLOWED","message":"CONNECT is not supported","next":"[^"]+","request_id":"[^"]+"\}\n$/],
