@@ -14,9 +14,9 @@ const top = path.dirname(import.meta.dirname)
 const minute = 60_000
 
 const { values: options, positionals: words } = parseArgs({ allowPositionals: true, options: { long: { type: 'boolean', default: false } } })
-/** 15 minutes on two idle cores is the goal, and a run beyond it says so; a slower machine gets a third more before what is left is given up. */
-const limits = options.long ? { run: 60 * minute, unit: 30 * minute, file: 40 * minute } : { run: 20 * minute, unit: 10 * minute, file: 4 * minute }
+/** What a run takes at most on two idle cores. One beyond it says so; before what is left is given up, a slower machine gets four times as long. */
 const goal = (options.long ? 60 : 15) * minute
+const limits = { run: 4 * goal, unit: 2 * goal, file: (2 / 3) * goal }
 const deadline = Date.now() + limits.run
 /** tap ends a file after 30 s unless told; the limits here are the ones that count. */
 const environment = { TAP: '', NO_COLOR: '1', TAP_TIMEOUT: String(limits.file / 1000), SALLYPORT_TEST_LONG: options.long ? '1' : '0' }
