@@ -96,6 +96,7 @@ export class ServerProvider implements Provider {
       if (problem !== null) {
         this.#say(`unreadable event: ${problem}`)
         response.destroy()
+        return
       }
       await setImmediate()
     }
@@ -153,10 +154,12 @@ export class RouteReader {
       case 'reset':
         this.#listing = new Map()
         return
-      case 'put':
-        if (this.#listing === null) this.#table.put(event.sandbox)
-        else this.#list(this.#listing, event.sandbox)
+      case 'put': {
+        const entry = this.#table.known(event.sandbox)
+        if (this.#listing === null) this.#table.put(entry)
+        else this.#listing.set(entry.id, entry)
         break
+      }
       case 'delete':
         if (this.#listing === null) this.#table.delete(event.id)
         else this.#listing.delete(event.id)
@@ -169,11 +172,6 @@ export class RouteReader {
     }
     // A list under way proves nothing yet: only a complete one is the truth.
     if (this.#listing === null && this.#later === null) this.#table.alive(performance.now())
-  }
-
-  #list(listing: Map<string, RouteEntry>, sandbox: RouteEntry): void {
-    const entry = this.#table.known(sandbox)
-    listing.set(entry.id, entry)
   }
 
   /** The list is complete: it becomes the table. */
