@@ -4,11 +4,12 @@ import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault } from '#policies/fault.ts'
 import { admit } from './admit.ts'
+import { hangUp } from './break-off.ts'
 import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead, type RequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
 import type { Relay } from './relay.ts'
-import { hangUp, refuse } from './respond.ts'
+import { refuse } from './respond.ts'
 import type { Sandbox } from './routes.ts'
 import { accessLine, Visit } from './visit.ts'
 
@@ -32,7 +33,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   }
 
   // 2. What needs no sandbox.
-  if (lacksHost(visit)) return refuse(visit, 'EDGE_BAD_REQUEST', 'missing Host', true)
+  if (lacksHost(visit)) return refuse(visit, 'EDGE_BAD_REQUEST', 'missing Host', edge.draining())
   if (answersItself(visit, request.url as string)) return
 
   // 3. Find the sandbox, and ask whether this client may reach it.

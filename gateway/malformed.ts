@@ -2,9 +2,9 @@
 import type { IncomingMessage } from 'node:http'
 import type { Socket } from 'node:net'
 import type { FaultCode } from '#policies/fault.ts'
+import { hangUp } from './break-off.ts'
 import type { Edge } from './edge.ts'
 import { peerOf, plainAddress } from './peer.ts'
-import { hangUp } from './respond.ts'
 import { malformedLine } from './visit.ts'
 
 /** Requests of one connection that may wait for their answers. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */

@@ -1,9 +1,7 @@
 /** The only writer of error bodies: a fault becomes JSON for programs, a small page for browsers, and the original's text for the rest. */
-import { STATUS_CODES, type ServerResponse } from 'node:http'
-import type { Socket } from 'node:net'
+import { STATUS_CODES } from 'node:http'
 import { faults, type FaultCode } from '#policies/fault.ts'
-import type { Peer } from './peer.ts'
-import { reset } from './reset.ts'
+import { breakOff } from './break-off.ts'
 import type { Visit } from './visit.ts'
 
 /** Seconds after which another try makes sense. */
@@ -39,32 +37,6 @@ export function refuse(visit: Visit, code: FaultCode, detail: string, draining: 
   // With the phrase: one of the sandbox's may have been set by an attempt that failed.
   response.writeHead(status, STATUS_CODES[status], headers)
   response.end(body)
-}
-
-/** Ends the client's connection so that it cannot look like the end of the response. */
-export function breakOff(visit: Visit): void {
-  const { response, socket } = visit
-  // Without chunks or a length the end of the connection is the end of the body (HTTP/1.0): only a reset says otherwise.
-  if (response !== null && !response.chunkedEncoding && !visit.hasLength) reset(socket)
-  else socket.destroy()
-}
-
-/** Ends a client's connection, whatever is on it. */
-export function hangUp(socket: Socket, peer: Peer): void {
-  const answer = unframed(peer)
-  if (answer !== null && !answer.writableFinished) reset(socket)
-  else socket.destroy()
-}
-
-/** The client has said its end. node:http sends what was written so far, and then ours: that must be all there is to say. */
-export function clientEnded(socket: Socket, peer: Peer): void {
-  const answer = unframed(peer)
-  if (answer !== null && !answer.writableEnded) reset(socket)
-}
-
-/** The answer under way whose end is the end of the connection (HTTP/1.0): only a reset says that it is not whole. */
-function unframed({ open: [answer] }: Peer): ServerResponse | null {
-  return answer !== undefined && answer.headersSent && answer.req.httpVersionMinor === 0 ? answer : null
 }
 
 /** ms a client has to take a refused upgrade and close. */

@@ -3,7 +3,7 @@ import { once } from 'node:events'
 import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
-import { reset } from '../../gateway/reset.ts'
+import { reset } from '../../gateway/break-off.ts'
 import { eventually } from './support.ts'
 
 type Act = () => void
