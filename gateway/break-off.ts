@@ -2,20 +2,11 @@
 import type { ServerResponse } from 'node:http'
 import type { Socket } from 'node:net'
 import type { Peer } from './peer.ts'
-import type { Visit } from './visit.ts'
-
-/** Ends the client's connection so that it cannot look like the end of the response. */
-export function breakOff(visit: Visit): void {
-  const { response, socket } = visit
-  // Without chunks or a length the end of the connection is the end of the body (HTTP/1.0): only a reset says otherwise.
-  if (response !== null && !response.chunkedEncoding && !visit.hasLength) reset(socket)
-  else socket.destroy()
-}
 
 /** Ends a client's connection, whatever is on it. */
-export function hangUp(socket: Socket, peer: Peer): void {
+export function breakOff(socket: Socket, peer: Peer): void {
   const answer = unframed(peer)
-  if (answer !== null && !answer.writableFinished) reset(socket)
+  if (answer !== null) reset(socket)
   else socket.destroy()
 }
 
@@ -25,8 +16,12 @@ export function clientEnded(socket: Socket, peer: Peer): void {
   if (answer !== null && !answer.writableEnded) reset(socket)
 }
 
-/** The answer under way whose end is the end of the connection (HTTP/1.0): only a reset says that it is not whole. */
-function unframed({ open: [answer] }: Peer): ServerResponse | null {
+/**
+ * The answer that is being sent, if its end is the end of the connection (HTTP/1.0): only a reset says that it is not whole. One that was
+ * sent stays in the list for a tick, and the next one has begun meanwhile.
+ */
+function unframed({ open }: Peer): ServerResponse | null {
+  const answer = open.find(({ writableFinished }) => !writableFinished)
   return answer !== undefined && answer.headersSent && answer.req.httpVersionMinor === 0 ? answer : null
 }
 

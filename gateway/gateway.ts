@@ -7,7 +7,7 @@ import { setTimeout as pause } from 'node:timers/promises'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
 import type { Renewals as RenewalReport } from '#policies/wire.ts'
-import { clientEnded, hangUp } from './break-off.ts'
+import { breakOff, clientEnded } from './break-off.ts'
 import type { GatewayConfig } from './config.ts'
 import type { Edge } from './edge.ts'
 import { asksForWebSocket, finish, handle, handleUpgrade, refuseConnect } from './handle.ts'
@@ -171,7 +171,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
       for (const relay of relays.all()) relay.leave()
       tunnels.destroy()
       await until(() => relays.size === 0, performance.now() + partingMs)
-      for (const { socket } of connections.all()) hangUp(socket, peerOf(socket, edge.trustedProxies))
+      for (const { socket } of connections.all()) breakOff(socket, peerOf(socket, edge.trustedProxies))
       await until(() => connections.size === 0, performance.now() + partingMs)
       table.endAll()
       for (const timer of timers) clearInterval(timer)

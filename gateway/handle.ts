@@ -4,7 +4,7 @@ import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault } from '#policies/fault.ts'
 import { admit } from './admit.ts'
-import { hangUp } from './break-off.ts'
+import { breakOff } from './break-off.ts'
 import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead, type RequestHead } from './headers.ts'
 import { clientOf, peerOf } from './peer.ts'
@@ -115,7 +115,7 @@ function beginRaw(edge: Edge, request: IncomingMessage, socket: Socket): Visit |
   if (visit.peer.open.length === 0 && !visit.peer.closing) return visit
   visit.code = 'EDGE_BAD_REQUEST'
   finish(edge, visit)
-  hangUp(socket, visit.peer)
+  breakOff(socket, visit.peer)
   // node:http looks after the connection no more: an answer whose turn has not come would never hear that there is no client.
   for (const waiting of visit.peer.open.slice()) if (waiting.socket === null) onClose.call(waiting)
   return null

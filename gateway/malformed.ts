@@ -2,7 +2,7 @@
 import type { IncomingMessage } from 'node:http'
 import type { Socket } from 'node:net'
 import type { FaultCode } from '#policies/fault.ts'
-import { hangUp } from './break-off.ts'
+import { breakOff } from './break-off.ts'
 import type { Edge } from './edge.ts'
 import { peerOf, plainAddress } from './peer.ts'
 import { malformedLine } from './visit.ts'
@@ -19,7 +19,7 @@ export function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolea
   if (peer.open.length < mostSentAhead) return false
   if (!socket.destroyed) {
     note(edge, peer.address, 0, 'EDGE_OVERLOADED')
-    hangUp(socket, peer)
+    breakOff(socket, peer)
   }
   return true
 }
@@ -42,7 +42,7 @@ export function answerClientError(edge: Edge, error: NodeJS.ErrnoException, sock
   // Bytes of a body, or behind a request that is not answered yet: whatever we said would be taken for that answer, or a part of it. Where
   // the body's request was answered already, for an answer to the next one.
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open.length > 0 || (peer.unread !== null && !peer.unread.complete)) return hangUp(socket, peer)
+  if (peer.open.length > 0 || (peer.unread !== null && !peer.unread.complete)) return breakOff(socket, peer)
   const { status, reason, code, text } = error.code === 'HPE_HEADER_OVERFLOW' ? tooLarge : error.code === 'ERR_HTTP_REQUEST_TIMEOUT' ? tooLate : unreadable
   note(edge, peer.address, status, code)
   const body = `OpenSandbox Ingress: ${text}\n`

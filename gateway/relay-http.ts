@@ -140,7 +140,6 @@ class HttpRelay implements Relay, Handler, Exchange {
     const out = responseFields(fields, visit.prefix === '' ? null : prefixRewriter(visit.prefix, visit.plainPrefix, this.#upstream.authority), hostName(visit.head.host))
     // `Trailer` announces what only chunks can carry (RFC 9110 §6.6.2): Node refuses to send it otherwise.
     const length = fields['content-length']
-    visit.hasLength = length !== undefined
     this.#plain = fields['transfer-encoding'] === undefined
     this.#length = typeof length === 'string' ? Number(length) : -1
     const bodiless = method === 'HEAD' || status === 204 || status === 304
@@ -255,7 +254,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     const visit = this.#visit
     if (visit.response !== null && visit.response.headersSent) {
       visit.code = fault.code
-      breakOff(visit)
+      breakOff(visit.socket, visit.peer)
     } else this.#refuse(visit, fault)
   }
 

@@ -23,7 +23,7 @@ export function refuse(visit: Visit, code: FaultCode, detail: string, draining: 
   const { response } = visit
   visit.code = code
   if (response === null) return refuseUpgrade(visit, code, detail)
-  if (response.headersSent) return breakOff(visit)
+  if (response.headersSent) return breakOff(visit.socket, visit.peer)
   const status = faults[code].status
   visit.status = status
   const { type, body } = render(visit, code, detail)

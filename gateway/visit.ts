@@ -41,8 +41,6 @@ export class Visit {
   /** The client announced a body and waits for `100 Continue`. */
   awaitsContinue = false
   upgraded = false
-  /** The response said how long it is. */
-  hasLength = false
 
   constructor(request: IncomingMessage, response: ServerResponse | null, peer: Peer, head: RequestHead) {
     this.request = request

@@ -1,10 +1,12 @@
 /** Resetting a connection at any moment of its end: the descriptor is given back, and half of what was to be sent never looks like all of it. */
 import { once } from 'node:events'
+import { createServer as createHttpServer, type ServerResponse } from 'node:http'
 import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
-import { reset } from '../../gateway/break-off.ts'
-import { eventually } from './support.ts'
+import { breakOff, reset } from '../../gateway/break-off.ts'
+import type { Peer } from '../../gateway/peer.ts'
+import { eventually, RawClient } from './support.ts'
 
 type Act = () => void
 const moments: [name: string, wait: (act: Act) => void][] = [
@@ -46,4 +48,26 @@ t.test('reset', async (t) => {
       }
     }
   }
+})
+
+t.test('an answer that begins in the very turn in which its connection is broken off', async (t) => {
+  const open: ServerResponse[] = []
+  const server = createHttpServer((request, response) => {
+    open.push(response)
+    if (request.url === '/half') {
+      response.write('half')
+      return
+    }
+    response.end('whole')
+    // node:http has put the next one on the connection by now, and says of this one a tick later that it is over.
+    response.on('finish', () => breakOff(request.socket, { open } as Partial<Peer> as Peer))
+  }).listen(0, '127.0.0.1')
+  t.teardown(() => server.close())
+  await once(server, 'listening')
+  const client = new RawClient((server.address() as AddressInfo).port)
+  client.send('GET /whole HTTP/1.1\r\nHost: x\r\n\r\nGET /half HTTP/1.0\r\n\r\n')
+  await client.until(({ closed, ended }) => closed || ended)
+  t.equal(open.length, 2)
+  t.ok(client.reset, `a reset, behind ${JSON.stringify(client.received.slice(-10))}`)
+  t.notOk(client.ended, 'no end')
 })
