@@ -95,7 +95,7 @@ export const ConfigSchema = Type.Object({
     min_interval_seconds: Type.Integer({ minimum: 1, default: 60, description: 'a sandbox is not extended twice within this time' }),
   }, table),
   secure_runtime: Type.Object({
-    type: Type.Union([Type.Literal(''), Type.Literal('gvisor'), Type.Literal('kata')], { default: '', description: 'sandboxes run under an OCI runtime with a kernel of their own, which the engine must have' }),
+    type: Type.Union([Type.Literal(''), Type.Literal('gvisor'), Type.Literal('kata')], { default: '', description: 'sandboxes run under an OCI runtime with a kernel of their own, which the engine must have; no `networkPolicy` under one that sends past the network stack of the host (gVisor as it comes): a proof finds out' }),
     docker_runtime: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$', description: 'its name in the engine; default: runsc for gvisor, kata-runtime for kata' })),
   }, table),
   store: Type.Object({

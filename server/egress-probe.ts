@@ -2,7 +2,8 @@
  * Proves, once per boot, engine and egress image, that a sidecar's exemption is its own: a second container in the same
  * namespace asks the sidecar's upstream directly. The upstream is an address of the sandbox network where nobody is, so
  * an answer can only come from the sidecar's proxy, to which the question was redirected; a question that was let
- * through is never answered. How the kernel tells the two apart depends on the host, so it is tried and not assumed.
+ * through is never answered. How the kernel tells the two apart depends on the host, so it is tried and not assumed. The probe runs as sandboxes do,
+ * also under their OCI runtime: one that sends past the kernel's own network stack (gVisor) is held by no rule.
  */
 import { setTimeout as delay } from 'node:timers/promises'
 import { labels } from '#policies/wire.ts'
@@ -55,7 +56,13 @@ export class EgressProbe {
 
   async #wanted(): Promise<string> {
     const [{ version }, image] = await Promise.all([this.#deps.engine.ping(), this.#deps.engine.image(this.#config.egress.image ?? '')])
-    return [bootId(), version, image?.id, this.#config.egress.mode, this.#deps.network.name].join(' ')
+    return [bootId(), version, image?.id, this.#config.egress.mode, this.#deps.network.name, this.#config.secureRuntime ?? ''].join(' ')
+  }
+
+  #refusal(): string {
+    const { secureRuntime } = this.#config
+    const where = secureRuntime === null ? 'On this host' : `On this host, under secure_runtime "${secureRuntime}",`
+    return `${where} the egress sidecar does not hold a sandbox back: a policy would be worth nothing, so none is offered.`
   }
 
   /** Twice: a sweep removes containers of ours that belong to no sandbox, and may find these. */
@@ -63,7 +70,7 @@ export class EgressProbe {
     const exitCode = await this.#try().catch(() => this.#try())
     if (exitCode !== 0) {
       this.#deps.report('egress-probe-failed', { exitCode })
-      throw new ApiError('DOCKER::SANDBOX_START_FAILED', 'On this host the egress sidecar cannot tell itself from the sandbox: a policy would not hold, so none is offered.')
+      throw new ApiError('DOCKER::SANDBOX_START_FAILED', this.#refusal())
     }
     this.#deps.proved.set(wanted)
     this.#deps.report('egress-proved', { proof: wanted })
@@ -111,7 +118,7 @@ export class EgressProbe {
       env: [], entrypoint: ['node'], cmd: ['-e', probeScript(address)],
       network: { join: sidecar }, publish: new Map(), publishAddress: '', dns: [], sysctls: {},
       capAdd: [], capDrop: [...new Set([...docker.drop_capabilities, 'NET_ADMIN', 'NET_RAW'])], securityOpt: securityOptions(docker), cgroupns: 'private',
-      memory: egress.memory_bytes, nanoCpus: 0, pids: egress.pids_limit, gpus: 0, readOnly: true, platform: null, runtime: null,
+      memory: egress.memory_bytes, nanoCpus: 0, pids: egress.pids_limit, gpus: 0, readOnly: true, platform: null, runtime: this.#config.secureRuntime,
     }
   }
 }

@@ -7,9 +7,9 @@ import { FakeEngine } from './fake-engine.ts'
 
 type Setting = { exitCode: number | null; engine: FakeEngine; proof: { value: string | null }; events: string[]; confirm?: () => Promise<void> }
 
-function probeOf({ exitCode, engine, proof, events, confirm = async () => undefined }: Setting): EgressProbe {
+function probeOf({ exitCode, engine, proof, events, confirm = async () => undefined }: Setting, runtime = ''): EgressProbe {
   engine.after = (call) => { if (call === 'start probe' && exitCode !== null) engine.end(engine.find('probe'), exitCode) }
-  return new EgressProbe(readToml(gatewayToml), {
+  return new EgressProbe(readToml(`${gatewayToml}\n${runtime}`), {
     engine, instance: 'bench', confirm,
     proved: { get: () => proof.value, set: (value) => void (proof.value = value) },
     network: { name: 'sallyport', emptyAddress: () => '172.30.255.254' },
@@ -46,6 +46,19 @@ t.test('what the probe is', async (t) => {
   t.ok((spec as { capDrop: string[] }).capDrop.includes('NET_RAW'))
   t.ok((sidecar as { env: string[] }).env.includes('OPENSANDBOX_EGRESS_DNS_UPSTREAM=172.30.255.254:53'), 'the upstream is where nobody is')
   t.ok((sidecar as { env: string[] }).env.includes('OPENSANDBOX_EGRESS_RULES={"defaultAction":"deny","egress":[]}'))
+})
+
+t.test('under the runtime of sandboxes', async (t) => {
+  const given = setting(0)
+  const runtimes: unknown[] = []
+  given.engine.before = (call) => {
+    if (call.startsWith('start ')) runtimes.push(given.engine.kept.get(given.engine.find(call.slice(6)))?.spec.runtime)
+  }
+  await probeOf(given).ensure()
+  await probeOf(given, '[secure_runtime]\ntype = "gvisor"').ensure()
+  t.same(runtimes, [null, null, null, 'runsc'], 'proved anew; the sidecar is ours and needs none')
+  const refusing = probeOf(setting(4), '[secure_runtime]\ntype = "kata"\ndocker_runtime = "kata-qemu"')
+  await t.rejects(refusing.ensure(), { code: 'DOCKER::SANDBOX_START_FAILED', message: /under secure_runtime "kata-qemu"/ })
 })
 
 t.test('not proved: refused, every time', async (t) => {

@@ -172,7 +172,7 @@ t.test('an egress image that holds nothing back is found out', { timeout: 180_00
   await using image = await commitImage({ ENTRYPOINT: ['node', '-e', 'require("http").createServer((request, response) => response.end("ok")).listen(18080)'] })
   await using stack = await startStack({ internet: nowhere, config: { egress: { image: image.name } } })
   const reply = await stack.api.call('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {}, ...policy })
-  t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: /cannot tell itself from the sandbox/ } })
+  t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: /does not hold a sandbox back/ } })
   t.same([await stack.api.list(), await stack.containers()], [[], []], 'and nothing of it is left')
   await stack.create({ entrypoint: ['sleep', '3600'] })
   t.equal((await stack.containers()).length, 1, 'without a policy nobody relies on it')
