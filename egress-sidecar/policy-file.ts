@@ -27,19 +27,45 @@ export async function readPolicyFile(path: string): Promise<FoundPolicy> {
 /** A new content that is on disk but does not count yet. */
 export type PreparedFile = { commit(): Promise<void>; abandon(): Promise<void> }
 
-/** Writes beside the file, so that `commit` only renames: a crash leaves the old content or the new one. Without a path it does nothing. */
+/**
+ * Writes beside the file, so that `commit` only renames: a crash leaves the old content or the new one. A file that is a mount of its own cannot be
+ * replaced, only written anew; its folder may be read-only. Without a path it does nothing.
+ */
 export async function preparePolicyFile(path: string, policy: NetworkPolicy): Promise<PreparedFile> {
   if (path === '') return { commit: async () => undefined, abandon: async () => undefined }
-  const temporary = `${path}.new`
+  const text = `${JSON.stringify({ egress: policy.egress, defaultAction: policy.defaultAction }, null, 2)}\n`
   const mode = await stat(path).then((found) => found.mode & 0o777, () => 0o600)
-  const file = await open(temporary, 'w', mode)
+  const inPlace = (): Promise<void> => writeWhole(path, text, mode, 'r+')
+  const temporary = `${path}.new`
+  try {
+    await writeWhole(temporary, text, mode, 'w')
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'EROFS') throw error
+    await (await open(path, 'r+')).close()
+    return { commit: inPlace, abandon: async () => undefined }
+  }
+  const abandon = (): Promise<void> => rm(temporary, { force: true })
+  const commit = async (): Promise<void> => {
+    try {
+      await rename(temporary, path)
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== 'EBUSY') throw error
+      await inPlace()
+      await abandon()
+    }
+  }
+  return { commit, abandon }
+}
+
+async function writeWhole(path: string, text: string, mode: number, flags: 'w' | 'r+'): Promise<void> {
+  const file = await open(path, flags, mode)
   try {
     // Not by the umask's leave, and also where a crash has left the file behind.
     await file.chmod(mode)
-    await file.writeFile(`${JSON.stringify({ egress: policy.egress, defaultAction: policy.defaultAction }, null, 2)}\n`)
+    await file.writeFile(text)
+    await file.truncate(Buffer.byteLength(text))
     await file.sync()
   } finally {
     await file.close()
   }
-  return { commit: () => rename(temporary, path), abandon: () => rm(temporary, { force: true }) }
 }
