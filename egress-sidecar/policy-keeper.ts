@@ -47,6 +47,8 @@ export type PolicyKeeperDeps = {
 export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: AlwaysRules, deps: PolicyKeeperDeps): PolicyKeeper {
   let policy = initial
   let always = initialAlways
+  /** The operator's files changed, and what they say is not enforced yet. */
+  let behind = false
   let last: Promise<unknown> = Promise.resolve()
 
   const inTurn = <T>(work: () => Promise<T>): Promise<T> => {
@@ -118,10 +120,12 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
       return { policy, rules: removed }
     }),
     reload: () => inTurn(async () => {
-      if (!(await deps.files.changed())) return false
+      if (!behind && !(await deps.files.changed())) return false
+      behind = true
       const wanted = await deps.files.read()
       await enforce(policy, wanted)
       always = wanted
+      behind = false
       return true
     }),
   }

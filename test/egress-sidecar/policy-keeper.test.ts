@@ -1,5 +1,5 @@
 /** Policy changes: texts and order as the original, each change whole or not at all. */
-import { readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import t from 'tap'
 import type { Rules } from '#policies/compile.ts'
@@ -9,10 +9,10 @@ import { createAlwaysFiles } from '../../egress-sidecar/always-files.ts'
 import { readPolicyFile } from '../../egress-sidecar/policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
 
-type Kernel = { enforced: Rules[]; refuse: Error | null }
+type Kernel = { enforced: Rules[]; refuse: Error | null; meanwhile: () => void }
 
 async function setUp(directory: string, { policy = { defaultAction: 'deny', egress: [] } as NetworkPolicy, policyFile = '', maxRules = 4096 } = {}): Promise<{ keeper: PolicyKeeper; kernel: Kernel }> {
-  const kernel: Kernel = { enforced: [], refuse: null }
+  const kernel: Kernel = { enforced: [], refuse: null, meanwhile: () => undefined }
   const files = createAlwaysFiles(directory)
   const firewall = {
     get rules() {
@@ -23,6 +23,7 @@ async function setUp(directory: string, { policy = { defaultAction: 'deny', egre
     async replace(rules: Rules) {
       if (kernel.refuse !== null) throw kernel.refuse
       kernel.enforced.push(rules)
+      kernel.meanwhile()
     },
     open: async () => 'open' as const,
   }
@@ -97,6 +98,13 @@ t.test('the policy file', async (t) => {
   t.same(texts(keeper.policy), ['allow a.example'])
   t.same(readdirSync(directory), ['policy.json'], 'nothing left beside it')
 
+  kernel.meanwhile = () => rmSync(`${policyFile}.new`, { force: true })
+  const before = kernel.enforced.length
+  await t.rejects(keeper.put('{"defaultAction":"allow"}'), { status: 500, message: /^failed to persist policy: ENOENT/ })
+  t.same(kernel.enforced.slice(before).map(({ defaultAction }) => defaultAction), ['allow', 'deny'], 'a change that cannot be written is taken back')
+  t.same(texts(keeper.policy), ['allow a.example'])
+  kernel.meanwhile = () => undefined
+
   const nowhere = await setUp(directory, { policyFile: join(directory, 'missing', 'policy.json') })
   await t.rejects(nowhere.keeper.put('{}'), { status: 500, message: /^failed to persist policy: / })
   t.same(nowhere.kernel.enforced, [])
@@ -132,4 +140,13 @@ t.test('the operator\'s files stand before the user\'s rules', async (t) => {
   await t.rejects(keeper.reload(), /allow\.always line 1: /)
   await t.rejects(keeper.reload(), /allow\.always line 1: /, 'again each time, until it is right')
   t.equal(verdict('a.infra.example'), 'allow', 'the old rules hold')
+
+  writeFileSync(join(directory, 'allow.always'), '')
+  kernel.refuse = new Error('Cannot allocate memory')
+  await t.rejects(keeper.reload(), /Cannot allocate/)
+  await t.rejects(keeper.reload(), /Cannot allocate/, 'what the kernel did not take is not forgotten')
+  kernel.refuse = null
+  t.equal(await keeper.reload(), true)
+  t.equal(verdict('a.infra.example'), 'deny')
+  t.equal(await keeper.reload(), false, 'and then it is done')
 })
