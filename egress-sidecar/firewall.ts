@@ -13,7 +13,7 @@
 import { decideName } from '#policies/decide.ts'
 import type { Rules } from '#policies/compile.ts'
 import { deniedAlias, type AddressJudge } from './judge.ts'
-import type { Nft } from './nft.ts'
+import { NftError, type Nft } from './nft.ts'
 import { chooseGivenUp, readLeases } from './full-table.ts'
 import { banStatements, forgetStatements, learnedSets, openStatements, policyStatements, unbanStatements, type RulesetInput } from './ruleset.ts'
 
@@ -71,10 +71,12 @@ export type FirewallDeps = {
   readonly now: () => number
   /** Not the same after a restart: the kernel remembers the connections of the generations before. */
   readonly firstGeneration: number
+  /** Nobody knows any longer which policy the kernel enforces. */
+  readonly lost: (reason: string) => void
 }
 
 /** The boot rules must be in place; `initial` is loaded when the promise resolves. */
-export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now, firstGeneration }: FirewallDeps): Promise<Firewall> {
+export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now, firstGeneration, lost: lose }: FirewallDeps): Promise<Firewall> {
   const learned = new Map<string, Learned>()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
@@ -177,8 +179,9 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     // What is on its way was judged under the policy that still holds.
     await sending
     const lost = [...unwanted]
-    for (const [address, entry] of learned) if (!stillAllowed(wanted, address, entry, mayOpen)) lost.push(address)
-    generation = (generation % 0x7fffffff) + 1
+    const allows = leadJudge(wanted)
+    for (const [address, { leads }] of learned) if (mayOpen(wanted, address) === null || !leads.some(allows)) lost.push(address)
+    generation = nextGeneration(generation)
     // A packet that is inside the old chain at that moment may renew its address just behind its deletion, and its connection would then be
     // taken for one of the new policy. Hence addresses are banned by name first, and deleted when no packet is in the old chain any more.
     let named = 0
@@ -191,8 +194,10 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
         const entry = learned.get(address)
         if (entry !== undefined) entry.until = 0
       }
+      const unknown = error instanceof NftError && error.outcome === 'unknown'
+      if (unknown) await enforceAgain()
       // Of those that were named already some may be in use, and be refused.
-      if (named > 0) {
+      if (named > 0 || unknown) {
         banned = true
         await forgetUnwanted([], replaceTimeoutMs).catch(() => undefined)
       }
@@ -217,6 +222,12 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     } catch {
       // Fails closed: the addresses stay banned until the next transaction.
     }
+  }
+
+  /** The kernel may have a policy that its owner is told it has not. */
+  async function enforceAgain(): Promise<void> {
+    generation = nextGeneration(generation)
+    await nft.apply(policyStatements({ ...setting, rules, generation }), replaceTimeoutMs).catch((error: Error) => lose(error.message))
   }
 
   async function confirmed(batches: readonly Batch[], judgedBy: Rules): Promise<Opened> {
@@ -278,6 +289,19 @@ function noteLead(leads: Lead[], name: string, aliases: readonly (string | null)
   } else if (before.aliases.length !== aliases.length || before.aliases.some((alias, nth) => alias !== aliases[nth])) leads[at] = { name, aliases }
 }
 
-function stillAllowed(rules: Rules, address: string, { leads }: Learned, mayOpen: AddressJudge): boolean {
-  return mayOpen(rules, address) !== null && leads.some(({ name, aliases }) => decideName(rules, name).action === 'allow' && deniedAlias(rules, aliases) === null)
+/** Is the way by which a name led to an address still allowed? The addresses of one answer share their aliases, which are looked at once. */
+function leadJudge(rules: Rules): (lead: Lead) => boolean {
+  const free = new Map<Lead['aliases'], boolean>()
+  return ({ name, aliases }) => {
+    if (decideName(rules, name).action !== 'allow') return false
+    const before = free.get(aliases)
+    if (before !== undefined) return before
+    const now = deniedAlias(rules, aliases) === null
+    free.set(aliases, now)
+    return now
+  }
+}
+
+function nextGeneration(generation: number): number {
+  return (generation % 0x7fffffff) + 1
 }

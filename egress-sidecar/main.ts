@@ -22,7 +22,7 @@ function readConfigOrExit(): Config {
 
 const config = readConfigOrExit()
 const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(',').map((output) => output.trim()).filter((output) => output !== ''), sandboxId: config.sandboxId, attributes: config.attributes })
-const sidecar = createSidecar(config, log)
+const sidecar = createSidecar(config, log, failed)
 
 let ending = false
 function end(code: number): void {
@@ -30,6 +30,10 @@ function end(code: number): void {
   ending = true
   setTimeout(() => process.exit(code), closeTimeoutMs).unref()
   void sidecar.close().finally(() => process.exit(code))
+}
+function failed(reason: string): void {
+  log.event('fatal', 'egress.failed', reason)
+  end(exitCodes.failed)
 }
 for (const signal of ['SIGTERM', 'SIGINT'] as const) {
   process.on(signal, () => {
@@ -42,6 +46,5 @@ try {
   // Starting leaves megabytes behind, and an idle process would never collect them. Not at once: who created the sandbox is waiting for us.
   setTimeout(() => globalThis.gc?.({ type: 'major', execution: 'sync', flavor: 'last-resort' }), collectAfterMs).unref()
 } catch (error) {
-  log.event('fatal', 'egress.failed', (error as Error).message)
-  end(exitCodes.failed)
+  failed((error as Error).message)
 }

@@ -6,7 +6,7 @@ import { execa } from 'execa'
 
 /** Runs one transaction; resolves with what it printed once the kernel has it. */
 export type Nft = {
-  /** @throws NftError when nft refuses the transaction (nothing of it is applied then), dies or does not confirm in time */
+  /** @throws NftError when nft refuses the transaction, dies or does not confirm in time */
   apply(statements: readonly string[], timeoutMs?: number): Promise<string>
   /** What a set holds, as nft prints it. For large sets: the long-lived process would keep the memory. @throws NftError */
   list(set: string): Promise<string>
@@ -14,9 +14,13 @@ export type Nft = {
 }
 
 export class NftError extends Error {
-  constructor(message: string) {
+  /** `refused`: the kernel has nothing of the transaction. `unknown`: all of it, or nothing. */
+  readonly outcome: 'refused' | 'unknown'
+
+  constructor(message: string, outcome: NftError['outcome'] = 'refused') {
     super(message)
     this.name = 'NftError'
+    this.outcome = outcome
   }
 }
 
@@ -94,7 +98,7 @@ class NftProcess {
     const detail = this.#errors.trim()
     for (const { reject, timer } of this.#waiting.splice(0)) {
       clearTimeout(timer)
-      reject(new NftError(detail === '' ? reason : `${reason}: ${detail}`))
+      reject(new NftError(detail === '' ? reason : `${reason}: ${detail}`, 'unknown'))
     }
   }
 }

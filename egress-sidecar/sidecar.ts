@@ -47,7 +47,8 @@ export class StartError extends Error {
 /** The operator's files are looked at this often; the original promises 60 s. */
 const reloadMs = 30_000
 
-export function createSidecar(config: Config, log: Log): Sidecar {
+/** @param lost called once it is running, when it can no longer vouch for the rules: it must be closed */
+export function createSidecar(config: Config, log: Log, lost: (reason: string) => void): Sidecar {
   const filter = config.mode === 'dns+nft'
   const metrics = createMetrics(new Map([...config.attributes, ...(config.sandboxId === '' ? [] : [['sandbox_id', config.sandboxId] as const])]))
   let unready = 'not ready'
@@ -118,8 +119,12 @@ export function createSidecar(config: Config, log: Log): Sidecar {
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
-    const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...config.dohAddresses])
-    const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now, firstGeneration: randomInt(1, 0x7fffffff) }))
+    const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...(config.blockDoh ? config.dohAddresses : [])])
+    const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now, firstGeneration: randomInt(1, 0x7fffffff), lost: (reason) => {
+      // So that closing shuts everything.
+      unready = 'the rules are lost'
+      lost(`nobody knows which policy the kernel enforces: ${reason}`)
+    } }))
     // 5. proof
     const problems = await failedChecks({ nft: kernel, filter, rules, probe: { seen }, askUpstream: (query, end) => askOnce(asking, query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))

@@ -5,6 +5,7 @@ import type { NetworkRule } from '#policies/document.ts'
 import { createFirewall } from '../../egress-sidecar/firewall.ts'
 import { chooseGivenUp, readLeases } from '../../egress-sidecar/full-table.ts'
 import { createAddressJudge } from '../../egress-sidecar/judge.ts'
+import { NftError } from '../../egress-sidecar/nft.ts'
 import { fakeNft } from './fake-nft.ts'
 
 const allow = (...targets: string[]): Rules => compilePolicy({ defaultAction: 'deny', egress: targets.map((target): NetworkRule => ({ action: 'allow', target })) })
@@ -13,8 +14,9 @@ const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve)
 
 async function setUp(rules: Rules, now = (): number => 0) {
   const nft = fakeNft()
-  const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now, firstGeneration: 1 })
-  return { nft, firewall }
+  const lost: string[] = []
+  const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now, firstGeneration: 1, lost: (reason) => lost.push(reason) })
+  return { nft, firewall, lost }
 }
 
 t.test('an answer waits for the kernel, and so does the second answer with the same address', async (t) => {
@@ -204,9 +206,60 @@ t.test('bans that went ahead of a policy which the kernel then refused are lifte
   t.equal(firewall.learned, 10_000)
 })
 
+t.test('a policy that the kernel may have all the same is taken back', async (t) => {
+  const rules = allow('*.example')
+  const { nft, firewall, lost } = await setUp(rules)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
+  const enforced = nft.transactions[0] as string
+  nft.hold()
+  const before = nft.transactions.length
+  const replaced = firewall.replace(allow('*.other', '203.0.113.0/24'))
+  await turn()
+  nft.confirm(new NftError('nft did not confirm within 30000 ms', 'unknown'))
+  await turn()
+  nft.confirm()
+  await turn()
+  nft.confirm()
+  await t.rejects(replaced, /did not confirm/)
+  const [wanted, again, lifted, ...more] = nft.transactions.slice(before)
+  t.match(wanted, /203\.0\.113\.0/)
+  const but = (text: string | undefined): string | undefined => text?.replaceAll(/ct mark (set )?\S+/g, 'ct mark')
+  t.equal(but(again), but(enforced), 'the old policy as a whole')
+  t.not(again, enforced, 'under a number of its own: what the new one let in is not taken for established')
+  t.match(lifted, /^flush set inet opensandbox shut_v4/, 'and what it may have banned is free again')
+  t.same([more, lost], [[], []])
+  t.equal(firewall.rules, rules)
+})
+
+t.test('where that fails, too, nobody can say what the kernel lets out', async (t) => {
+  for (const [outcome, gone] of [['unknown', true], ['refused', false]] as const) {
+    const { nft, firewall, lost } = await setUp(allow('*.example'))
+    nft.hold()
+    const replaced = firewall.replace(allow('*.other'))
+    for (let transaction = 0; transaction < 3; transaction++) {
+      await turn()
+      nft.confirm(new NftError('nft ended', outcome))
+    }
+    await t.rejects(replaced, /nft ended/)
+    t.same(lost, gone ? ['nft ended'] : [], outcome)
+  }
+})
+
+t.test('ways with many aliases are judged once for all the addresses of an answer', async (t) => {
+  const rules = allow('*.example')
+  const { firewall } = await setUp(rules)
+  const aliases = Array.from({ length: 16 }, (_, i) => `${`${i % 10}.`.repeat(120)}example`)
+  for (let i = 0; i < 8; i++) await firewall.open(`n${i}.example`, [...aliases], Array.from({ length: 4000 }, (_, k) => place(i * 4000 + k)), 60, rules)
+  const begun = performance.now()
+  await firewall.replace(allow('*.example', '*.other'))
+  const took = performance.now() - begun
+  t.equal(firewall.learned, 32_000)
+  t.ok(took < 2000, `${took.toFixed(0)} ms`)
+})
+
 t.test('connections of a sidecar that was here before are not taken for ours', async (t) => {
   const nft = fakeNft()
-  await createFirewall(allow('*.example'), { nft, setting, mayOpen: createAddressJudge([]), now: () => 0, firstGeneration: 0x1234567 })
+  await createFirewall(allow('*.example'), { nft, setting, mayOpen: createAddressJudge([]), now: () => 0, firstGeneration: 0x1234567, lost: () => undefined })
   t.match(nft.transactions[0], /ct mark 0x1234567 ct state established/)
 })
 

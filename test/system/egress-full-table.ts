@@ -16,7 +16,7 @@ const setting = { filter: true, ipv6: false, exemption: { match: 'meta mark 0x1e
 
 const nft = createNft()
 await nft.apply(bootStatements())
-const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now: () => performance.now(), firstGeneration: 1 })
+const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now: () => performance.now(), firstGeneration: 1, lost: (reason) => { throw new Error(reason) } })
 await firewall.open('flow.example', [], [address], 60, rules)
 await firewall.open('unused.example', [], [unused], 60, rules)
 
