@@ -37,6 +37,8 @@ const socketsPerUpstream = 16
 const sweepMs = 50
 /** Questions on the way at a time; more are a flood, and the sandbox's own stub gives up after 5 s. */
 const maxPending = 8192
+/** Of them, those asked again over TCP: each holds a connection to an upstream. */
+const maxWholes = 128
 /** An upstream that let this many questions in a row time out is asked last for a while. */
 const failuresToDistrust = 3
 const distrustMs = 30_000
@@ -98,6 +100,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   const states: UpstreamState[] = []
   const unroutable: string[] = []
   let pendingCount = 0
+  let wholes = 0
   let sweeper: NodeJS.Timeout | null = null
   let closed = false
 
@@ -226,20 +229,31 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   }
 
   function settle(pending: Pending, reply: Buffer | null): void {
-    pendingCount--
     mixAgain(pending, 0)
     const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
-    if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending.query, pending.questionEnd).then(pending.done)
-    else pending.done(reply)
+    if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending).then((whole) => finish(pending, whole))
+    else finish(pending, reply)
   }
 
-  async function askWhole(query: Buffer, questionEnd: number): Promise<Buffer | null> {
-    for (const { upstream } of inOrder(now())) {
+  function finish({ done }: Pending, reply: Buffer | null): void {
+    pendingCount--
+    done(reply)
+  }
+
+  /** In the time that is left, of which the last upstream gets the rest. */
+  async function askWhole({ query, questionEnd, deadline }: Pending): Promise<Buffer | null> {
+    if (wholes >= maxWholes) return null
+    wholes++
+    let whole: Buffer | 'refused' | null = null
+    const order = inOrder(now())
+    for (let tried = 0; tried < order.length && (whole === null || whole === 'refused'); tried++) {
+      const left = deadline - now()
+      if (closed || left <= 0) break
       query.writeUInt16BE(randomId(), 0)
-      const whole = await askTcp(query, questionEnd, upstream, timeoutMs)
-      if (whole !== null && whole !== 'refused') return whole
+      whole = await askTcp(query, questionEnd, (order[tried] as UpstreamState).upstream, tried === order.length - 1 ? left : Math.min(left, patienceMs))
     }
-    return null
+    wholes--
+    return whole === 'refused' ? null : whole
   }
 
   // One timer for all: setting one per question would cost more than the question.

@@ -8,12 +8,13 @@ import { askOnce } from '../../egress-sidecar/question.ts'
 import { createResolver, type UdpResolver } from '../../egress-sidecar/resolver.ts'
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
 import { startProbes } from '../../egress-sidecar/upstream-probes.ts'
+import { eventually } from '../support/program.ts'
 import { message, rcodeOf, record, replyFlags, toQuestion, types } from './message.ts'
 
 type Reply = (query: Buffer, send: (reply: Buffer) => void, peer: RemoteInfo) => void
 
-/** @param whole what it answers over TCP; without it nobody listens there */
-async function upstream(t: Test, reply: Reply, whole?: (asked: Buffer) => Buffer): Promise<Upstream & { asked: number }> {
+/** @param whole what it answers over TCP, null for silence; without it nobody listens there */
+async function upstream(t: Test, reply: Reply, whole?: (asked: Buffer) => Buffer | null): Promise<Upstream & { asked: number }> {
   const socket: Socket = createSocket('udp4')
   const server = whole === undefined ? null : await serveTcp(t, whole)
   socket.bind(server === null ? 0 : (server.address() as AddressInfo).port, '127.0.0.1')
@@ -34,11 +35,12 @@ async function resolverOf(t: Test, upstreams: Upstream[], timeoutMs = 3000, tcp 
   return resolver
 }
 
-async function serveTcp(t: Test, whole: (asked: Buffer) => Buffer): Promise<Server> {
+async function serveTcp(t: Test, whole: (asked: Buffer) => Buffer | null): Promise<Server> {
   const server = createServer((socket) => {
     socket.on('error', () => socket.destroy())
     socket.on('data', (data) => {
       const reply = whole(data.subarray(2))
+      if (reply === null) return
       const framed = Buffer.concat([Buffer.of(reply.length >> 8, reply.length & 255), reply])
       // In two parts: the length alone may come first.
       socket.write(framed.subarray(0, 1), () => socket.write(framed.subarray(1)))
@@ -251,6 +253,23 @@ t.test('a truncated answer is asked for over TCP, for clients that can take it',
   t.equal(await askOnce(resolver, query(), end, 'tcp'), null, 'another question\'s answer')
   const udpOnly = await resolverOf(t, [peer], 1000, false)
   t.equal(((await askOnce(udpOnly, query(), end, 'tcp')) as Buffer)[2]! & 2, 2, 'where TCP is not let out')
+})
+
+t.test('an upstream whose TCP is silent costs no more than the time for one question, and only so many wait for it', async (t) => {
+  const truncated: Reply = (asked, send) => send(answer(asked, '198.51.100.1', replyFlags | 0x0200))
+  const silent = (): null => null
+  const peers = [await upstream(t, truncated, silent), await upstream(t, truncated, silent)]
+  const resolver = await resolverOf(t, peers, 700)
+  const begun = performance.now()
+  t.equal(await askOnce(resolver, query(), end, 'tcp'), null)
+  const took = performance.now() - begun
+  t.ok(took > 600 && took < 1_200, `${took.toFixed(0)} ms for two upstreams`)
+
+  const patient = await resolverOf(t, peers.slice(0, 1), 2_000)
+  let told = 0
+  for (let i = 0; i < 140; i++) patient.ask(query(), end, 'tcp', () => told++)
+  await eventually('those that are too many are told at once', async () => (told === 140 - 128 ? true : undefined))
+  await eventually('and the others in time', async () => (told === 140 ? true : undefined))
 })
 
 t.test('closing answers everybody', async (t) => {
