@@ -67,9 +67,10 @@ function keepSeats(server: Server, fromInside: number): void {
 }
 
 /** Whether the other side of a connection is in this network namespace; one that is gone already counts as such. */
-function isFromInside(address = ''): boolean {
-  const plain = address.replace(/^::ffff:/, '')
-  return plain === '' || plain === '::1' || plain.startsWith('127.') || Object.values(networkInterfaces()).some((list) => list?.some((own) => own.address === plain))
+export function isFromInside(address = '', interfaces = networkInterfaces()): boolean {
+  // A link-local one comes with its zone (RFC 4007 11.2).
+  const plain = address.replace(/^::ffff:/, '').replace(/%.*$/, '')
+  return plain === '' || plain === '::1' || plain.startsWith('127.') || Object.values(interfaces).some((list) => list?.some((own) => own.address === plain))
 }
 
 function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {

@@ -31,7 +31,7 @@ export function composeReply({ query, question, message, found, allowed, seconds
   const records: ReplyRecord[] = allowed.map(({ type, rdata }) => ({ type, ttl, data: message.subarray(rdata, rdata + (type === recordTypes.a ? 4 : 16)) }))
   const kept = strict ? services : found.services.map(({ rdata, length }) => message.subarray(rdata, rdata + length))
   for (const [i, data] of kept.entries()) if (data !== null) records.push({ type: found.services[i]?.type as number, ttl, data })
-  return listReply(query, question.end, records)
+  return listReply(query, question.end, found.rcode, records)
 }
 
 const none: readonly (Buffer | null)[] = []

@@ -200,6 +200,7 @@ function readUpstreams(text: string, resolvConf: string): Upstream[] {
       const upstream = readUpstream(item)
       if (upstream === null) problems.push({ path, reason: `${JSON.stringify(item)} is not an IP address with an optional port` })
       else if (upstream.address === dockerResolver) problems.push({ path, reason: `${dockerResolver} would send every question back to the sidecar: name the resolver behind it` })
+      else if (isOwn(upstream.address)) problems.push({ path, reason: `${upstream.address} is in the sandbox's own network namespace: the sandbox could answer in its place` })
       return upstream ?? []
     })
     if (upstreams.length === 0 && problems.length === 0) problems.push({ path, reason: 'names no resolver' })
@@ -207,9 +208,14 @@ function readUpstreams(text: string, resolvConf: string): Upstream[] {
     return upstreams
   }
   const listed = nameservers(resolvConf)
-  const usable = listed.filter((address) => !address.startsWith('127.') && address !== '::1' && address !== '0.0.0.0' && address !== '::').slice(0, maxResolvConf)
+  const usable = listed.filter((address) => !isOwn(address)).slice(0, maxResolvConf)
   if (listed.length > 0 && usable.length === 0) throw new ConfigError([{ path, reason: `is needed: ${resolvConf} names only resolvers on the loopback (${listed.join(', ')})` }])
   return usable.length === 0 ? [lastResort] : usable.map((address) => ({ address, port: 53 }))
+}
+
+/** Loopback, and the unspecified address, which means the same. */
+function isOwn(address: string): boolean {
+  return address.startsWith('127.') || ['::1', '0.0.0.0', '::'].includes(address)
 }
 
 function nameservers(resolvConf: string): string[] {

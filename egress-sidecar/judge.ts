@@ -1,6 +1,6 @@
 /**
  * May an address that came back for an allowed name be opened? The policy's own verdict, and two kinds of places that a name must
- * not lead to by accident: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
+ * not lead to by accident under default deny: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
  */
 import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
@@ -27,7 +27,7 @@ export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
     }
     const before = remembered.get(address)
     if (before !== undefined) return before
-    const allowed = decideLearned(rules, address).action === 'allow' && (table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
+    const allowed = decideLearned(rules, address).action === 'allow' && (rules.defaultAction === 'allow' || table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
     const opened = allowed ? canonicalAddress(address) : null
     remembered.set(address, opened)
     return opened

@@ -325,8 +325,8 @@ export function truncatedReply(query: Buffer, questionEnd: number): Buffer {
 export type ReplyRecord = { readonly type: number; readonly ttl: number; readonly data: Buffer }
 
 /** A reply with records that all belong to the question's name: a chain of aliases is folded away. */
-export function listReply(query: Buffer, questionEnd: number, records: readonly ReplyRecord[]): Buffer {
-  const parts = [emptyReply(query, questionEnd, rcodes.noError)]
+export function listReply(query: Buffer, questionEnd: number, rcode: number, records: readonly ReplyRecord[]): Buffer {
+  const parts = [emptyReply(query, questionEnd, rcode)]
   const head = parts[0] as Buffer
   head.writeUInt16BE(head.readUInt16BE(2) | 0x0080, 2)
   head.writeUInt16BE(records.length, 6)

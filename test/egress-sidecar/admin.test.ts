@@ -4,7 +4,7 @@ import { request } from 'node:http'
 import { connect, type Socket } from 'node:net'
 import t, { type Test } from 'tap'
 import type { NetworkPolicy } from '#policies/document.ts'
-import { adminLimits, listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
+import { adminLimits, isFromInside, listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
 import { PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
 import { eventually } from '../support/program.ts'
 
@@ -72,6 +72,13 @@ t.test('whoever says half of it is cut off, and the sandbox has half of the plac
   for (const socket of held) socket.destroy()
   await eventually('there is room again', async () => ((await call('GET', '/healthz').catch(() => undefined))?.status === 200 ? true : undefined))
   t.pass('and served when one of them has gone')
+})
+
+t.test('who comes from inside', async (t) => {
+  const own = (address: string): never => ({ address }) as never
+  const interfaces = { lo: [own('127.0.0.1'), own('::1')], eth0: [own('172.30.0.2'), own('fe80::42:acff:fe11:2'), own('2001:db8::2')] }
+  for (const address of ['127.0.0.1', '127.8.0.1', '::1', '::ffff:127.0.0.1', '172.30.0.2', '::ffff:172.30.0.2', '2001:db8::2', 'fe80::42:acff:fe11:2%eth0', 'fe80::42:acff:fe11:2', '', undefined]) t.equal(isFromInside(address, interfaces), true, `${address}`)
+  for (const address of ['172.30.0.1', '::ffff:172.30.0.1', '2001:db8::1', 'fe80::1%eth0']) t.equal(isFromInside(address, interfaces), false, address)
 })
 
 t.test('mode dns warns in every answer', async (t) => {

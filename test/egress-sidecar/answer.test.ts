@@ -97,17 +97,19 @@ t.test('leases and TTLs', async (t) => {
 })
 
 t.test('addresses that an allowed name must not lead to', async (t) => {
-  for (const address of ['127.0.0.1', '169.254.169.254', '10.0.0.1', '172.16.0.1', '192.168.1.1', '100.64.0.1', '0.0.0.0', '224.0.0.251', '255.255.255.255', '198.51.100.53', '8.8.8.8', '1.1.1.1']) {
+  for (const address of ['127.0.0.1', '169.254.169.254', '10.0.0.1', '172.16.0.1', '192.168.1.1', '100.64.0.1', '0.0.0.0', '224.0.0.251', '255.255.255.255', '198.51.100.53', '8.8.8.8', '1.1.1.1', '9.9.9.9', '208.67.222.222', '94.140.14.14', '185.228.168.9', '76.76.2.1', '194.242.2.2', '185.222.222.222', '223.5.5.5', '120.53.53.53', '45.90.28.7']) {
     const { got, opened } = await play({ reply: addressReply(address) })
     t.same(opened, [], `${address} stays shut`)
     t.equal(rcodeOf(got), 0)
     t.equal(answerCount(got), 0, `${address} is not told`)
   }
-  for (const data of ['::1', '::', 'fe80::1', 'fd00::1', 'ff02::fb', '::ffff:a9fe:a9fe', '64:ff9b::a9fe:a9fe', '2002:a9fe:a9fe::1', '2001:0:1::1']) {
+  for (const data of ['::1', '::', 'fe80::1', 'fd00::1', 'ff02::fb', '::ffff:a9fe:a9fe', '64:ff9b::a9fe:a9fe', '2002:a9fe:a9fe::1', '2001:0:1::1', '2001:4860:4860::8888', '2606:4700:4700::1111', '2620:fe::fe', '2620:119:35::35', '2a10:50c0::ad1:ff']) {
     const { got, opened } = await play({ query: { type: types.AAAA }, reply: replyTo({ type: types.AAAA, answers: [{ name: toQuestion, type: types.AAAA, data }] }) })
     t.same(opened, [], `${data} stays shut`)
     t.equal(answerCount(got), 0)
   }
+  const free = compilePolicy({ defaultAction: 'allow', egress: [] })
+  t.same(addressesIn((await play({ rules: free, reply: addressReply('8.8.8.8', '10.0.0.1') })).got), ['8.8.8.8'], 'a public resolver, where every address is open anyway')
   const mixed = await play({ reply: addressReply('10.0.0.1', '198.51.100.1', '127.0.0.1') })
   t.same(addressesIn(mixed.got), ['198.51.100.1'], 'the good one of three is told')
   const explicit = await play({ rules: rulesOf(['allow', '*.example'], ['allow', '10.0.0.0/8']), reply: addressReply('10.0.0.1') })
@@ -144,6 +146,9 @@ t.test('HTTPS records lose hints and ECH under default deny', async (t) => {
     t.same(addressesIn(got), ['198.51.100.1'], `in the additional section, ${why}: the answer stays`)
     t.notOk(got.includes(Buffer.from(param(5, [1, 2, 3]))), `in the additional section, ${why}: no ECH`)
   }
+  const missing = await play({ query: { type: types.A }, reply: replyTo({ flags: replyFlags | 3, additional: [beside] }) })
+  t.equal(rcodeOf(missing.got), 3, 'a name that does not exist does not come to exist')
+  t.notOk(missing.got.includes(Buffer.from(param(5, [1, 2, 3]))))
   const open = readNetworkPolicy({ defaultAction: 'allow' })
   if (!open.ok) throw new Error('policy')
   t.ok((await play({ ...https(full), rules: compilePolicy(open.policy) })).got.includes(full), 'default allow: nothing to hide')

@@ -41,7 +41,7 @@ t.test('upstreams', async (t) => {
   const of = (text: string): unknown => readConfig({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: text }).upstreams
   t.same(of('198.51.100.53, 198.51.100.54:5353'), [{ address: '198.51.100.53', port: 53 }, { address: '198.51.100.54', port: 5353 }])
   t.same(of('2001:db8::1, [2001:db8::2]:853, [2001:db8::3]'), [{ address: '2001:db8::1', port: 53 }, { address: '2001:db8::2', port: 853 }, { address: '2001:db8::3', port: 53 }])
-  for (const text of ['dns.example', '198.51.100.53:0', '198.51.100.53:99999', ',', '198.51.100.53:x', '127.0.0.11']) t.match(problemsOf({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: text })[0], /DNS_UPSTREAM/, text)
+  for (const text of ['dns.example', '198.51.100.53:0', '198.51.100.53:99999', ',', '198.51.100.53:x', '127.0.0.11', '127.0.0.53', '127.0.0.1:5353', '::1', '[::1]:53', '0.0.0.0', '::', '198.51.100.53,127.0.0.1']) t.match(problemsOf({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: text })[0], /DNS_UPSTREAM/, text)
 })
 
 t.test('upstreams from resolv.conf', async (t) => {
