@@ -23,30 +23,33 @@ const closes = 0x5d | curly
  */
 export function* readInSlices(bytes: Buffer, key: string): Generator<unknown[], unknown> {
   const begin = findList(bytes, key)
-  if (begin === -1) return JSON.parse(bytes.toString())
+  if (begin === -1) return parse(bytes.toString(), '')
   let start = begin
   let count = 0
   for (;;) {
     const end = endOfSlice(bytes, start)
     if (end === -1) throw new SyntaxError(`the list of ${key} does not end`)
     const last = bytes[end] !== comma
-    const values = parseSlice(bytes.toString('utf8', start, end), key, count)
+    const values = parse(`[${bytes.toString('utf8', start, end)}]`, `after the first ${count} of ${key}: `) as unknown[]
     // Nothing before or behind a comma.
     if (values.length === 0 && !(last && count === 0)) throw new SyntaxError(`an element of ${key} is missing after the first ${count}`)
     count += values.length
     yield values
-    if (last) return JSON.parse(bytes.toString('utf8', 0, begin) + bytes.toString('utf8', end))
+    if (last) return parse(bytes.toString('utf8', 0, begin) + bytes.toString('utf8', end), `around the list of ${key}: `)
     start = end + 1
   }
 }
 
-function parseSlice(text: string, key: string, before: number): unknown[] {
+/**
+ * Says where, and what was expected. Not the position, which is one in this part and means nothing to anybody else; and nothing of the text:
+ * V8 quotes what stands around a token it does not know, and that may be a sandbox's secret. So there is no `cause` either.
+ */
+function parse(text: string, where: string): unknown {
   try {
-    return JSON.parse(`[${text}]`) as unknown[]
+    return JSON.parse(text)
   } catch (error) {
-    // The position is one in this slice, and means nothing to anybody else.
-    const reason = (error as Error).message.replace(/ in JSON at position.*/s, '')
-    throw new SyntaxError(`after the first ${before} of ${key}: ${reason}`, { cause: error })
+    const { message } = error as Error
+    throw new SyntaxError(where + (message.includes('"') ? 'is not JSON' : message.replace(/ at position .*/s, '')))
   }
 }
 

@@ -25,6 +25,8 @@ const longestBackoff = 5_000
 /** Two pings missing: the stream is dead, whatever the kernel says. */
 const silence = (2 * routeStreamPingSeconds + 5) * 1_000
 const longestLine = 1024 * 1024
+/** Characters of an id that are told. */
+const longestId = 64
 /** Characters of the stream read at once: about half a millisecond. */
 const slice = 16 * 1024
 
@@ -94,7 +96,7 @@ export class ServerProvider implements Provider {
     for (let at = 0; at < text.length && !response.destroyed; at += slice) {
       const problem = reader.feed(text.slice(at, at + slice))
       if (problem !== null) {
-        this.#say(`unreadable event: ${problem}`)
+        this.#say(`unreadable: ${problem}`)
         response.destroy()
         return
       }
@@ -123,6 +125,7 @@ export class RouteReader {
   readonly #table: RouteTable
   readonly #onSynced: () => void
   #rest = ''
+  #lines = 0
   /** The list being read, from `reset` to `synced`; null when it is complete and events apply at once. */
   #listing: Map<string, RouteEntry> | null = new Map()
 
@@ -134,15 +137,16 @@ export class RouteReader {
     this.#onSynced = onSynced
   }
 
-  /** @returns what makes the stream unreadable, or null */
+  /** @returns what makes the stream unreadable, or null. It is for the log: it names the place, and repeats nothing of what stands there. */
   feed(text: string): string | null {
     const lines = (this.#rest + text).split('\n')
     this.#rest = lines.pop() as string
-    if (this.#rest.length > longestLine) return 'a line is too long'
+    if (this.#rest.length > longestLine) return `line ${this.#lines + lines.length + 1} is too long`
     for (const line of lines) {
+      this.#lines++
       if (line.trim() === '') continue
       const event = readEvent(line)
-      if (event === null) return line.slice(0, 200)
+      if (typeof event === 'string') return `line ${this.#lines}: ${event}`
       if (this.#later === null) this.#apply(event)
       else this.#later.push(event)
     }
@@ -193,15 +197,19 @@ export class RouteReader {
   }
 }
 
-/** Reads one line; unknown event types are taken for pings, so that a newer server can say more. null: not an event. */
-export function readEvent(line: string): RouteEvent | null {
+/**
+ * Reads one line. A newer server may say more: unknown types of events are taken for pings, and a sandbox in an unknown state for one that is
+ * not ready and has no address, because that may be somebody else's by now.
+ * @returns what is wrong, when it is no event: the field, and nothing of what stands in it, which may be the token of a sandbox
+ */
+export function readEvent(line: string): RouteEvent | string {
   let value: unknown
   try {
     value = JSON.parse(line)
   } catch {
-    return null
+    return 'is not JSON'
   }
-  if (typeof value !== 'object' || value === null) return null
+  if (typeof value !== 'object' || value === null) return 'is not an object'
   const event = value as { type?: unknown; sandbox?: unknown; id?: unknown }
   switch (event.type) {
     case 'reset':
@@ -209,24 +217,31 @@ export function readEvent(line: string): RouteEvent | null {
     case 'ping':
       return { type: event.type }
     case 'delete':
-      return typeof event.id === 'string' ? { type: 'delete', id: event.id } : null
+      return typeof event.id === 'string' ? { type: 'delete', id: event.id } : 'id must be a string'
     case 'put':
-      return isEntry(event.sandbox) ? { type: 'put', sandbox: event.sandbox } : null
+      return readPut(event.sandbox)
     default:
-      return typeof event.type === 'string' ? { type: 'ping' } : null
+      return typeof event.type === 'string' ? { type: 'ping' } : 'type must be a string'
   }
 }
 
-function isEntry(value: unknown): value is RouteEntry {
-  if (typeof value !== 'object' || value === null) return false
+function readPut(value: unknown): RouteEvent | string {
+  if (typeof value !== 'object' || value === null) return 'sandbox must be an object'
   const entry = value as Record<keyof RouteEntry, unknown>
-  return (
-    typeof entry.id === 'string' && entry.id !== '' &&
-    typeof entry.host === 'string' &&
-    typeof entry.lifecycle === 'string' &&
-    sandboxStates.includes(entry.state as never) &&
-    (entry.secureAccessToken === undefined || typeof entry.secureAccessToken === 'string') &&
-    (entry.epoch === undefined || Number.isInteger(entry.epoch)) &&
-    (entry.renewOnAccess === undefined || typeof entry.renewOnAccess === 'boolean')
-  )
+  if (typeof entry.id !== 'string' || entry.id === '') return 'sandbox.id must be a string that is not empty'
+  const wrong = wrongField(entry)
+  if (wrong !== '') return `sandbox.${wrong} of ${JSON.stringify(entry.id.slice(0, longestId))} is wrong`
+  const sandbox = value as RouteEntry
+  return { type: 'put', sandbox: sandboxStates.includes(sandbox.state) ? sandbox : { ...sandbox, state: 'Unknown', host: '' } }
+}
+
+/** @returns its name; '' when all are as they should be */
+function wrongField(entry: Readonly<Record<keyof RouteEntry, unknown>>): keyof RouteEntry | '' {
+  if (typeof entry.host !== 'string') return 'host'
+  if (typeof entry.lifecycle !== 'string') return 'lifecycle'
+  if (typeof entry.state !== 'string') return 'state'
+  if (entry.secureAccessToken !== undefined && typeof entry.secureAccessToken !== 'string') return 'secureAccessToken'
+  if (entry.epoch !== undefined && !Number.isInteger(entry.epoch)) return 'epoch'
+  if (entry.renewOnAccess !== undefined && typeof entry.renewOnAccess !== 'boolean') return 'renewOnAccess'
+  return ''
 }

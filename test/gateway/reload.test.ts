@@ -3,6 +3,7 @@ import { mkdtempSync, renameSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
+import { inspect } from 'node:util'
 import t from 'tap'
 import { readInSlices } from '../../gateway/providers/json-slices.ts'
 import { StaticProvider } from '../../gateway/providers/static.ts'
@@ -124,5 +125,36 @@ t.test('a list in slices is the list JSON.parse would have given, or no JSON at 
     t.throws(() => JSON.parse(text), SyntaxError, `no JSON: ${text.slice(0, 60)}`)
     t.throws(() => read(text), SyntaxError, text.slice(0, 60))
   }
-  t.throws(() => read(`{"list":[${long},tru]}`), /^after the first \d of list: Unexpected token/)
+  t.throws(() => read(`{"list":[${long},1 2]}`), { message: "after the first 3 of list: Expected ',' or ']' after array element in JSON" }, 'it says where, and what is missing')
+})
+
+t.test('what is wrong with a file is told without a word of it: a token may stand there', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'secret-'))
+  const path = join(folder, 'routes.json')
+  const table = new RouteTable(() => false)
+  const provider = new StaticProvider({ path, every: 1_000, onProblem: () => undefined }, table)
+  t.teardown(async () => {
+    await provider.close()
+    rmSync(folder, { recursive: true })
+  })
+  const [token, list] = ['s3cr3t-t0k3n', '{"id":"a","host":"10.0.0.1","secureAccessToken":']
+  const rows: [text: string, wanted: string][] = [
+    [`{"sandboxes":[${list}${token}}]}`, 'after the first 0 of sandboxes: is not JSON'],
+    [`{"sandboxes":[${list}"${token}",}]}`, 'after the first 0 of sandboxes: Expected double-quoted property name in JSON'],
+    [`{"sandboxes":[${list}"" "${token}"}]}`, "after the first 0 of sandboxes: Expected ',' or '}' after property value in JSON"],
+    [`{"sandboxes":[${list}x" ${token} at position 1"}]}`, 'after the first 0 of sandboxes: is not JSON'],
+    [`{"sandboxes":[],"more":${token}}`, 'around the list of sandboxes: is not JSON'],
+    [`{"sandboxes" [${list}${token}}]}`, "Expected ':' after property name in JSON"],
+    [token, 'is not JSON'],
+    [`"${token}`, 'Unterminated string in JSON'],
+    ['', 'Unexpected end of JSON input'],
+    [`{"sandboxes":[${list}["${token}"]}]}`, 'sandboxes[0].secureAccessToken'],
+    [`{"sandboxes":[${list}"${token}","state":"${token}"}]}`, 'sandboxes[0].state'],
+  ]
+  for (const [text, wanted] of rows) {
+    writeFileSync(path, text)
+    const error = (await provider.start().then(() => null, (problem: unknown) => problem)) as Error
+    t.ok(error.message.includes(wanted), `${text}: ${error.message}`)
+    t.notOk(inspect(error, { depth: Infinity, showHidden: true }).includes(token.slice(0, 3)), `${text}: nothing of it, at any depth of the error`)
+  }
 })

@@ -5,7 +5,7 @@ import { setImmediate as turn } from 'node:timers/promises'
 import t from 'tap'
 import { routeStreamPath, type RouteEntry, type RouteEvent } from '#policies/wire.ts'
 import { readEvent, RouteReader, ServerProvider } from '../../gateway/providers/server.ts'
-import { RouteTable } from '../../gateway/routes.ts'
+import { RouteTable, type Sandbox } from '../../gateway/routes.ts'
 import { entry, eventually } from './support.ts'
 
 t.test('route events: the table is swapped at synced, never half-read', async (t) => {
@@ -29,9 +29,55 @@ t.test('route events: the table is swapped at synced, never half-read', async (t
   reader.feed(line.slice(0, 10))
   reader.feed(`${line.slice(10)}\n`)
   t.ok(table.get('cut'), 'a line may arrive in pieces')
-  for (const bad of ['nonsense', '[]', '{"type":1}', '{"type":"put"}', '{"type":"put","sandbox":{"id":"","host":"h","lifecycle":"l","state":"Running"}}', '{"type":"put","sandbox":{"id":"x","host":"h","lifecycle":"l","state":"Odd"}}', '{"type":"delete"}']) t.equal(readEvent(bad), null, bad)
   t.same(readEvent('{"type":"news"}'), { type: 'ping' }, 'a newer server may say more')
-  t.match(new RouteReader(table, () => undefined).feed('x'.repeat(2 << 20)), 'too long')
+})
+
+t.test('an event that cannot be read is named by line and field, and never repeated: it may hold a token', async (t) => {
+  const good = { id: 'a', host: 'h', lifecycle: 'l', state: 'Running', secureAccessToken: 's3cr3t' }
+  const put = (change: object): string => JSON.stringify({ type: 'put', sandbox: { ...good, ...change } })
+  const rows: [line: string, wanted: string][] = [
+    ['s3cr3t', 'is not JSON'],
+    [put({}).replace('"s3cr3t"', 's3cr3t'), 'is not JSON'],
+    ['"s3cr3t"', 'is not an object'],
+    ['null', 'is not an object'],
+    ['["s3cr3t"]', 'type must be a string'],
+    ['{"type":["s3cr3t"]}', 'type must be a string'],
+    ['{"type":"put"}', 'sandbox must be an object'],
+    ['{"type":"put","sandbox":"s3cr3t"}', 'sandbox must be an object'],
+    [put({ id: '' }), 'sandbox.id must be a string that is not empty'],
+    [put({ id: ['s3cr3t'] }), 'sandbox.id must be a string that is not empty'],
+    [put({ host: 5 }), 'sandbox.host of "a" is wrong'],
+    [put({ lifecycle: null }), 'sandbox.lifecycle of "a" is wrong'],
+    [put({ state: undefined }), 'sandbox.state of "a" is wrong'],
+    [put({ secureAccessToken: ['s3cr3t'] }), 'sandbox.secureAccessToken of "a" is wrong'],
+    [put({ epoch: 's3cr3t' }), 'sandbox.epoch of "a" is wrong'],
+    [put({ renewOnAccess: 's3cr3t' }), 'sandbox.renewOnAccess of "a" is wrong'],
+    [put({ id: `\n${'x'.repeat(100)}`, host: 5 }), `sandbox.host of "\\n${'x'.repeat(63)}" is wrong`],
+    ['{"type":"delete"}', 'id must be a string'],
+  ]
+  const table = new RouteTable(() => false)
+  for (const [line, wanted] of rows) t.equal(new RouteReader(table, () => undefined).feed(`{"type":"reset"}\n\n${line}\n{"type":"ping"}\n`), `line 3: ${wanted}`, line)
+  const reader = new RouteReader(table, () => undefined)
+  t.equal(reader.feed('{"type":"reset"}\n{"type":'), null)
+  t.equal(reader.feed('"ping"}\n{"type":"put"}\n'), 'line 3: sandbox must be an object', 'lines are counted however they are cut')
+  t.equal(new RouteReader(table, () => undefined).feed(`\n${'x'.repeat(2 << 20)}`), 'line 2 is too long')
+})
+
+t.test('a state this gateway does not know makes one sandbox wait, and no other', async (t) => {
+  const table = new RouteTable(() => true)
+  const reader = new RouteReader(table, () => undefined)
+  const feed = (...events: object[]): void => t.equal(reader.feed(events.map((event) => `${JSON.stringify(event)}\n`).join('')), null) as unknown as void
+  const put = (id: string, host: string, state: string): object => ({ type: 'put', sandbox: { ...entry({ id, host }), state } })
+  const seen = (): (string | undefined)[] => ['new', 'old', 'next'].map((id) => table.get(id)?.entry.state)
+  feed({ type: 'reset' }, put('new', '10.0.0.1', 'Hibernating'), put('old', '10.0.0.2', 'Running'), { type: 'synced' })
+  t.same(seen(), ['Unknown', 'Running', undefined], 'the list is taken')
+  t.notOk(table.stale(performance.now()))
+  let ended = 0
+  table.tiesOf(table.get('old') as Sandbox).others.add({ destroy: () => void ended++ })
+  feed(put('next', '10.0.0.1', 'Running'), put('old', '10.0.0.2', 'Archived'))
+  t.same([seen(), ended], [['Unknown', 'Unknown', 'Running'], 1], 'its address may be somebody else\'s: it has none, and no connections')
+  feed(put('old', '10.0.0.2', 'Running'))
+  t.same([seen(), table.get('old')?.entry.host], [['Unknown', 'Running', 'Running'], '10.0.0.2'], 'and it comes back')
 })
 
 t.test('a long list is taken in slices, in order with what follows, and a newer one wins', async (t) => {
@@ -109,6 +155,8 @@ t.test('the route stream: token, reconnect, relist', async (t) => {
   for (; table.get('s19999') === undefined && turns < 100_000; turns++) await turn()
   t.equal(table.size, 20_000)
   t.ok(turns >= list.length / (16 * 1024), `${turns} turns for ${list.length} characters: requests get theirs meanwhile`)
-  streams[1]?.write('nonsense\n')
+  streams[1]?.write(JSON.stringify({ type: 'put', sandbox: { ...entry({ id: 'x', secureAccessToken: 's3cr3t' }), host: 5 } }) + '\n')
   await eventually(() => streams.length === 3, 'a stream that cannot be read is opened anew')
+  t.ok(states.some((state) => /^unreadable: line \d+: sandbox\.host of "x" is wrong$/.test(state)), states.join(' | '))
+  t.notOk(states.join().includes('s3cr3t'), 'no token in what is told')
 })
