@@ -129,15 +129,14 @@ export class RouteTable {
 
   put(entry: RouteEntry): void {
     const known = this.#byId.get(entry.id)
-    if (known !== undefined && livesOn(known.entry, entry)) {
-      known.entry = entry
-      return
-    }
-    if (known !== undefined) this.#drop(known)
+    const stays = known !== undefined && livesOn(known.entry, entry)
+    if (known !== undefined && !stays) this.#drop(known)
+    const sandbox = stays ? known : new Sandbox(entry)
+    // Also one that lives on: while it was over, its address was nobody's, or another's.
     const claims = this.#claims(entry)
     const before = claims ? this.#byHost.get(entry.host) : undefined
-    if (before !== undefined) this.#drop(before)
-    const sandbox = new Sandbox(entry)
+    if (before !== undefined && before !== sandbox) this.#drop(before)
+    sandbox.entry = entry
     this.#byId.set(entry.id, sandbox)
     if (claims) this.#byHost.set(entry.host, sandbox)
   }
