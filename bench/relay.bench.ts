@@ -5,6 +5,7 @@ import { InFlight } from '../gateway/in-flight.ts'
 import { httpRelays } from '../gateway/relay-http.ts'
 import type { Relay } from '../gateway/relay.ts'
 import { RouteTable } from '../gateway/routes.ts'
+import { Standing } from '../gateway/standing.ts'
 import { answerFields, upgradeFields } from '../gateway/upgrade-heads.ts'
 import type { Dispatcher, Handler } from '../gateway/upstream.ts'
 import type { Visit } from '../gateway/visit.ts'
@@ -14,7 +15,7 @@ import { browserFields, visitOf } from './visits.ts'
 const table = new RouteTable(() => false)
 table.put({ id: 'sandbox5', host: '10.0.0.5', state: 'Running', lifecycle: 'bench' })
 const sandbox = table.get('sandbox5')!
-const options = { connectTimeout: 1000, firstByteTimeout: 0, idleTimeout: 0, bootGrace: 0, maxRequests: 10, preserveHost: false, lookup: () => undefined }
+const options = { connectTimeout: 1000, firstByteTimeout: 0, idleTimeout: 0, bootGrace: 0, maxRequests: 10, preserveHost: false, lookup: () => undefined, standing: new Standing(() => 10) }
 const active = new InFlight<Relay>()
 const refuse = (): void => {
   throw new Error('the bench is wrong: the exchange failed')

@@ -38,7 +38,7 @@ export function edgeWith(sandboxes: readonly RouteEntry[], keys: AccessKeys = ne
 /** @param fields raw header fields */
 export function visitOf(fields: readonly string[], url = '/a/path?query'): Visit {
   const request = { method: 'GET', url, httpVersionMajor: 1, httpVersionMinor: 1, headers: {}, socket: {} } as unknown as IncomingMessage
-  const visit = new Visit(request, {} as ServerResponse, { address: '192.0.2.7', trusted: false, localPort: '28888', closing: false, open: [], unread: null }, readRequestHead(fields, false))
+  const visit = new Visit(request, {} as ServerResponse, { address: '192.0.2.7', trusted: false, localPort: '28888', closing: false, ignored: 0, open: [], unread: null }, readRequestHead(fields, false))
   visit.requestId = 'bench-1'
   return visit
 }

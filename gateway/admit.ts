@@ -3,12 +3,14 @@
  * The first no is the answer.
  */
 import { performance } from 'node:perf_hooks'
+import { parseAccessToken, scopeCovers } from '#policies/access-token.ts'
 import { decideAccess, decideStrongAccess } from '#policies/access.ts'
 import type { FaultCode } from '#policies/fault.ts'
-import type { Route } from '#policies/route.ts'
+import { parseExpiry, type Route } from '#policies/route.ts'
 import type { Edge } from './edge.ts'
-import { endOfTokenSegment, entryCookie, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
+import { asksFromElsewhere, endOfTokenSegment, entryCookie, mayHoldToken, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
 import { hasToken, type Located, type NotLocated } from './locate.ts'
+import { hostName } from './response-headers.ts'
 import type { Visit } from './visit.ts'
 
 /** Why a request goes nowhere. */
@@ -35,6 +37,7 @@ export function admit(edge: Edge, visit: Visit): Refused | null {
   visit.target = located.target
   visit.prefix = located.prefix
   visit.plainPrefix = located.plainPrefix
+  if (located.by === 'host') visit.ownHost = hostName(head.host)
   visit.hidden = located.hidden
   const token = takeToken(edge, visit, located)
   visit.locatedAt = now
@@ -80,34 +83,67 @@ function takeToken(edge: Edge, visit: Visit, { by, prefix, sandbox }: Located): 
 
 /** A token that did not come as a cookie of its own accord is asked before the route's signature; a cookie after it. */
 function checkStrong(edge: Edge, visit: Visit, { route, sandbox, by, prefix }: Located, { token, by: carried }: Carried): Refused | null {
-  const query = visit.target.indexOf('?')
-  const path = query === -1 ? visit.target : visit.target.slice(0, query)
+  const path = pathOf(visit.target)
   const method = visit.request.method as string
   const now = Date.now() / 1000
+  if (carried === 'cookie' && asksFromElsewhere(visit.request.headers, method, hostsOf(visit))) return { code: 'EDGE_UNAUTHORIZED', detail: 'access token in a cookie does not count for requests of another origin' }
   const keys = edge.keys()
   const answer = decideStrongAccess({ token, id: route.id, port: route.port, method, path, epoch: sandbox.entry.epoch ?? 0, keys, verified: edge.verified.under(keys), now })
   if (!answer.ok) return { code: answer.fault, detail: answer.detail }
   // A browser goes on without the token in its address bar, history and Referer; others have what they asked for.
   const browses = carried === 'query' && visit.response !== null && (method === 'GET' || method === 'HEAD')
   if (browses && (by === 'host' || (by === 'path' && edge.uriCookies))) {
-    visit.redirect = sameHostLocation(prefix + visit.target)
-    visit.entryCookie = entryCookie(token, prefix, visit.head.proto === 'https', now)
+    const outer = visit.head.forwardedPrefix
+    visit.redirect = sameHostLocation(outer + prefix + visit.target)
+    visit.entryCookie = entryCookie(token, prefix === '' ? '' : outer + prefix, visit.head.proto === 'https', now)
   }
   return null
 }
+
+/** What this host is called, by whoever may say so. */
+function hostsOf({ head, peer, request }: Visit): string[] {
+  const forwarded = peer.trusted ? request.headers['x-forwarded-host'] : undefined
+  const hosts = head.host === undefined ? [] : [head.host]
+  // The first of several is the one the browser used.
+  return forwarded === undefined ? hosts : [...hosts, String(forwarded).split(',', 1)[0] as string]
+}
+
+/** From this length on an access token is taken to be beyond guessing: 128 bits in base64url. */
+const unguessable = 22
+const tooMany: Refused = { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
 
 function checkAccess(edge: Edge, visit: Visit, located: Located, carried: Carried | null, now: number): Refused | null {
   const { route, sandbox } = located
   const token = sandbox.entry.secureAccessToken?.trim() ?? ''
   const header = visit.head.secureAccess
   const strong = token !== '' && header === undefined && carried !== null && (carried.by !== 'cookie' || route.signature === undefined)
-  // Only short signatures can be guessed; a wrong header alone locks nobody out behind a shared address.
-  const guess = token !== '' && header === undefined && route.signature !== undefined && (!strong || edge.hideMissing)
-  if (guess && edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
+  // What can be guessed is not even asked of a client that guesses. The rest is: nobody is locked out by others behind a shared address.
+  const guessable = token !== '' && (header === undefined ? route.signature !== undefined && (!strong || edge.hideMissing) : token.length < unguessable)
+  if (guessable && edge.throttle.blocked(visit.client, now)) return tooMany
   const denied = strong ? checkStrong(edge, visit, located, carried) : checkShort(edge, route, token, header)
   if (denied === null) return null
   if (edge.hideMissing) return refuseHidden(edge, visit, route, now)
-  if (!strong && denied.code === 'EDGE_UNAUTHORIZED' && route.signature !== undefined) edge.throttle.failed(visit.client, now)
+  return denied.code === 'EDGE_UNAUTHORIZED' && isAttempt(visit, located, strong ? carried : null) ? countAttempt(edge, visit, denied, now) : denied
+}
+
+/**
+ * Was a refused request an attempt? No cookie is, which browsers send unasked, and nothing that would have been refused with the right signature,
+ * too: a page whose token has expired, was revoked or is for other paths may be loaded again and again.
+ */
+function isAttempt({ head, request, target }: Visit, { route, sandbox }: Located, carried: Carried | null): boolean {
+  if (head.secureAccess !== undefined) return true
+  const now = BigInt(Math.floor(Date.now() / 1000))
+  if (carried === null) return route.expires !== undefined && (parseExpiry(route.expires) ?? 0n) >= now
+  if (carried.by === 'cookie') return false
+  const token = parseAccessToken(carried.token)
+  if (token === null) return true
+  return (parseExpiry(token.expires) ?? 0n) >= now && token.epoch >= (sandbox.entry.epoch ?? 0) && scopeCovers(token.scope, request.method as string, pathOf(target))
+}
+
+/** @returns `denied`, or that there were too many before */
+function countAttempt(edge: Edge, visit: Visit, denied: Refused, now: number): Refused {
+  if (edge.throttle.blocked(visit.client, now)) return tooMany
+  edge.throttle.failed(visit.client, now)
   return denied
 }
 
@@ -119,11 +155,11 @@ function checkShort(edge: Edge, route: Route, token: string, header: string | un
 
 /** One answer to all who may not go on, whether the sandbox is there or not, and guessing is as slow: nobody learns which ids exist. */
 function refuseHidden(edge: Edge, visit: Visit, route: Route, now: number): Refused {
-  if (route.signature !== undefined && visit.head.secureAccess === undefined) {
-    if (edge.throttle.blocked(visit.client, now)) return { code: 'EDGE_TOO_MANY_ATTEMPTS', detail: '' }
-    edge.throttle.failed(visit.client, now)
-  }
-  return { code: 'EDGE_UNAUTHORIZED', detail: 'signature: signature required for this sandbox' }
+  const denied: Refused = { code: 'EDGE_UNAUTHORIZED', detail: 'signature: signature required for this sandbox' }
+  const { head, request } = visit
+  // By the request alone: of a sandbox that is not there nothing is known that a token could be too old for.
+  const shown = head.secureAccess !== undefined || head.access !== undefined || route.signature !== undefined || mayHoldToken(request.url as string)
+  return shown ? countAttempt(edge, visit, denied, now) : denied
 }
 
 function notLocated(edge: Edge, visit: Visit, located: NotLocated): Refused {
@@ -132,6 +168,11 @@ function notLocated(edge: Edge, visit: Visit, located: NotLocated): Refused {
   if (located.fault === 'EDGE_NO_ROUTE' && edge.table.stale(visit.locatedAt)) return { code: 'EDGE_ROUTES_STALE', detail: '' }
   if (located.route !== null && edge.hideMissing) return refuseHidden(edge, visit, located.route, visit.locatedAt)
   return { code: located.fault, detail: located.detail }
+}
+
+function pathOf(target: string): string {
+  const query = target.indexOf('?')
+  return query === -1 ? target : target.slice(0, query)
 }
 
 type Target = { readonly path: string; readonly authority?: string }

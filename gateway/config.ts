@@ -30,7 +30,7 @@ export const GatewayConfigSchema = Type.Object({
   secureAccessKeysFile: text('', 'the same from a file, read again when it changes'),
   hideMissing: Type.Boolean({ default: false, description: 'answer unknown sandboxes like refused access' }),
   uriCookies: Type.Boolean({ default: false, description: 'let a browser enter by cookie in URI mode, where all sandboxes share one origin' }),
-  authFailuresPerMinute: count(30, 'refused signatures per client and minute; 0: no limit'),
+  authFailuresPerMinute: count(30, 'refused proofs per client and minute; 0: no limit'),
   allowLoopbackUpstreams: Type.Boolean({ default: false, description: "dial loopback and this host's own addresses" }),
   trustedProxies: Type.Array(Type.String(), { default: [], description: 'networks whose X-Forwarded headers are believed, comma-separated' }),
   preserveHost: Type.Boolean({ default: false, description: "send the client's Host to the sandbox" }),
@@ -51,7 +51,7 @@ export const GatewayConfigSchema = Type.Object({
   maxConnections: Type.Integer({ minimum: 1, default: 9_000, description: 'client connections, and requests at once, beyond which requests are answered with 503' }),
   maxRequestsPerPort: Type.Integer({ minimum: 1, default: 1_024, description: 'requests at once to one port of one sandbox' }),
   maxUpgradesPerSandbox: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per sandbox' }),
-  maxUpgradesPerClient: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per client address' }),
+  maxUpgradesPerClient: Type.Integer({ minimum: 1, default: 10_000, description: 'upgraded connections per client (an IPv6 client is a /64)' }),
   maxMessageBytes: count(0, 'largest WebSocket message of a client, bytes as sent, all its frames together; 0: no limit'),
 })
 export type GatewayConfig = Static<typeof GatewayConfigSchema>
@@ -187,12 +187,13 @@ function contradictions({ provider, routes, serverUrl = 'http://unknown', server
   const problems: Problem[] = []
   if (provider === 'static' && routes === '') problems.push({ path: '--routes', reason: 'is required with --provider static' })
   if (provider === 'server') {
-    if (!/^https?:\/\/[^/]+/.test(serverUrl)) problems.push({ path: '--server-url', reason: 'must be an http(s) URL with --provider server' })
+    if (!/^https?:\/\/[^/]+/.test(serverUrl) || !URL.canParse(serverUrl)) problems.push({ path: '--server-url', reason: 'must be an http(s) URL with --provider server' })
     if (serverToken === '') problems.push({ path: '--server-token', reason: 'is required with --provider server' })
   }
   if (host !== '' && isIP(host) === 0 && !isHostName(host)) problems.push({ path: '--host', reason: 'is neither an IP address nor a host name' })
   if (adminHost !== '' && isIP(adminHost) === 0 && !isHostName(adminHost)) problems.push({ path: '--admin-host', reason: 'is neither an IP address nor a host name' })
-  if (normaliseName(baseDomain) === null) problems.push({ path: '--base-domain', reason: 'is not a domain' })
+  // Of the root alone nothing would be left, and that means any.
+  if (baseDomain === '.' || normaliseName(baseDomain) === null) problems.push({ path: '--base-domain', reason: 'is not a domain' })
   for (const network of trustedProxies) if (readNetwork(network) === null) problems.push({ path: '--trusted-proxies', reason: `"${network}" is not an address or network` })
   if (secureAccessKeys !== '' && secureAccessKeysFile !== '') problems.push({ path: '--secure-access-keys-file', reason: 'excludes --secure-access-keys' })
   const keys = parseAccessKeys(secureAccessKeys, '--secure-access-keys')

@@ -2,6 +2,7 @@
  * Our strong access token at the door: where a request may carry it (header, path segment, query parameter, cookie), and how it is
  * taken off before the sandbox sees the request. What it proves is decided in `policies/access.ts`.
  */
+import type { IncomingHttpHeaders } from 'node:http'
 import { looksLikeAccessToken, parseAccessToken } from '#policies/access-token.ts'
 import { parseExpiry } from '#policies/route.ts'
 
@@ -40,8 +41,13 @@ const signedPath = /^([^?#]*?\/[^/?#]+\/[0-9]{1,5})\/[0-9a-z]{1,13}\/[0-9a-f]{8}
 
 /** What a Referer would tell the sandbox of our tokens and signatures: null for one that holds a token, and without the signature of a URI-mode path. */
 export function cleanReferer(referer: string, uriMode: boolean): string | null {
-  if (referer.includes('/sp1.') || referer.includes(`${queryParameter}=`)) return null
+  if (mayHoldToken(referer)) return null
   return uriMode ? referer.replace(signedPath, '$1') : referer
+}
+
+/** Does a URL or its path hold what may be a token, as a segment or as a parameter? */
+export function mayHoldToken(url: string): boolean {
+  return url.includes('/sp1.') || url.includes(`${queryParameter}=`)
 }
 
 /** Takes every `sallyport_access` off a query; the other parameters stay byte for byte. The first one counts. */
@@ -86,6 +92,27 @@ export function entryCookie(token: string, prefix: string, secure: boolean, now:
   const age = left < 0n ? 0 : left > BigInt(longestEntry) ? longestEntry : Number(left)
   const common = `HttpOnly; SameSite=Lax; Max-Age=${age}`
   return prefix === '' ? `${hostCookie}=${token}; Path=/; Secure; ${common}` : `${pathCookie}=${token}; Path=${prefix}/; ${secure ? 'Secure; ' : ''}${common}`
+}
+
+/**
+ * Does a page of another origin ask? A cookie comes along unasked, also when the page of a neighbouring sandbox asks: for SameSite the two are one
+ * site, unless their domain is on the Public Suffix List. No page can change what its browser says of it: Sec-Fetch-Site, and Origin where that is
+ * missing, as in Chrome's handshakes. Sec-Fetch-Site comes first, because a form on a page with `Referrer-Policy: no-referrer` is sent with
+ * `Origin: null` to its own host, too. Who follows a link only reads, and the page with the link sees nothing of it.
+ * @param hosts what this host is called, with its port; the scheme is not compared, since TLS may end before us
+ */
+export function asksFromElsewhere(headers: IncomingHttpHeaders, method: string, hosts: readonly string[]): boolean {
+  const { origin, 'sec-fetch-site': site, 'sec-fetch-mode': mode } = headers
+  if (site === 'same-origin' || site === 'none') return false
+  if (site !== undefined) return mode !== 'navigate' || (method !== 'GET' && method !== 'HEAD')
+  if (origin === undefined) return false
+  const authority = /^[a-z][a-z0-9+.-]*:\/\/(.+)$/i.exec(origin)?.[1]
+  return authority === undefined || !hosts.some((host) => plainAuthority(host) === plainAuthority(authority))
+}
+
+/** Lower-case, and without a port that browsers leave out. */
+function plainAuthority(authority: string): string {
+  return authority.trim().toLowerCase().replace(/:(?:80|443)$/, '')
 }
 
 /** A path as a Location on the same host: two leading slashes, or what browsers take for them, would name another one. */

@@ -6,6 +6,7 @@ import { performance } from 'node:perf_hooks'
 import { setTimeout as pause } from 'node:timers/promises'
 import type { AccessKeys } from '#policies/access.ts'
 import { NetworkTable, readNetwork } from '#policies/address.ts'
+import { normaliseName } from '#policies/host.ts'
 import type { Renewals as RenewalReport } from '#policies/wire.ts'
 import { breakOff, clientEnded } from './break-off.ts'
 import type { GatewayConfig } from './config.ts'
@@ -22,6 +23,7 @@ import { UpgradeRelay, type UpgradeOptions } from './relay-upgrade.ts'
 import { Renewals } from './renewals.ts'
 import { refuse } from './respond.ts'
 import { RouteTable } from './routes.ts'
+import { Standing } from './standing.ts'
 import { FailureThrottle } from './throttle.ts'
 import { UpstreamGuard } from './upstream-guard.ts'
 import { VerifiedMemory } from './verified.ts'
@@ -73,6 +75,8 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     maxRequests: config.maxRequestsPerPort,
     preserveHost: config.preserveHost,
     lookup: guard.lookup,
+    // As `descriptors.ts` counts: one for each client, a tunnel or one of these.
+    standing: new Standing(() => config.maxConnections - tunnels.size),
     maxPerSandbox: config.maxUpgradesPerSandbox,
     maxPerClient: config.maxUpgradesPerClient,
     maxMessage: config.maxMessageBytes,
@@ -83,7 +87,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
   const metrics = new Metrics({ routes: () => table.size, tunnels: () => tunnels.size, connections: () => connections.size, active: () => relays.size })
   const edge: Edge = {
     table,
-    locator: new Locator({ mode: config.mode, baseDomain: config.baseDomain.toLowerCase() }, table),
+    locator: new Locator({ mode: config.mode, baseDomain: normaliseName(config.baseDomain) ?? config.baseDomain }, table),
     guard,
     throttle: new FailureThrottle(config.authFailuresPerMinute),
     metrics,

@@ -7,8 +7,8 @@ import { admit } from './admit.ts'
 import { breakOff } from './break-off.ts'
 import type { Edge } from './edge.ts'
 import { addForwarded, connectionOptions, readRequestHead, type RequestHead } from './headers.ts'
-import { clientOf, peerOf } from './peer.ts'
-import type { Relay } from './relay.ts'
+import { clientOf, peerOf, type Peer } from './peer.ts'
+import { safeMethods, type Relay } from './relay.ts'
 import { refuse } from './respond.ts'
 import type { Sandbox } from './routes.ts'
 import { accessLine, Visit } from './visit.ts'
@@ -20,7 +20,7 @@ type Answer = ServerResponse & { [visitKey]?: Visit; [relayKey]?: Relay; edge?: 
 export function handle(edge: Edge, request: IncomingMessage, response: ServerResponse, awaitsContinue: boolean): void {
   // 1. Read the head once, and open the record of this request.
   const visit = begin(edge, request, response)
-  if (visit.peer.closing) return
+  if (visit.peer.closing) return void visit.peer.ignored++
   visit.awaitsContinue = awaitsContinue
   const answer = response as Answer
   answer[visitKey] = visit
@@ -52,7 +52,18 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   const relay = edge.openRelay(visit, sandbox)
   if (relay === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   answer[relayKey] = relay
-  relay.send()
+  const ahead = waitsFor(visit.peer)
+  if (ahead === null) relay.send()
+  else ahead.once('close', () => visit.socket.writable && relay.send())
+}
+
+/**
+ * RFC 9112 §9.3.2: what was sent ahead may be answered beside each other only where nothing of it asks for a change. Otherwise each waits for the one
+ * before it, or a sandbox would see them in an order of its own.
+ */
+function waitsFor({ open }: Peer): ServerResponse | null {
+  if (open.length === 1 || open.every(({ req }) => safeMethods.has(req.method))) return null
+  return open.at(-2) as ServerResponse
 }
 
 /** The same for an upgrade. Only WebSocket comes here; the server leaves other protocols to `handle` as ordinary requests. */

@@ -76,7 +76,10 @@ function titleCase(name: string): string {
 }
 
 function classify(name: string): Kind {
-  const kind = listed.get(name.toLowerCase()) ?? kinds.pass
+  const lower = name.toLowerCase()
+  // CGI and WSGI know no hyphens: to them `X_Forwarded_For` is the field that is ours to say.
+  const taken = lower.includes('_') && listed.has(lower.replaceAll('_', '-'))
+  const kind = taken ? kinds.drop : (listed.get(lower) ?? kinds.pass)
   if (spelled.size < spellingLimit && name.length <= spellingLength) spelled.set(name, kind)
   return kind
 }
@@ -98,6 +101,7 @@ export class RequestHead {
   pathCookie = ''
   requestId: string | undefined = undefined
   forwardedFor = ''
+  /** What a proxy of ours took off the path before us, without a slash at its end. */
   forwardedPrefix = ''
   forwardedHost = false
   forwardedProto = false
@@ -177,7 +181,7 @@ export function readRequestHead(raw: readonly string[], trusted: boolean): Reque
         if (trusted) head.forwardedFor = head.forwardedFor === '' ? value : `${head.forwardedFor}, ${value}`
         break
       case kinds.forwardedPrefix:
-        if (trusted) head.forwardedPrefix = value
+        if (trusted) head.forwardedPrefix = prefixOf(value)
         break
       case kinds.forwarded:
         if (trusted) keepForwarded(head, name, value)
@@ -249,6 +253,14 @@ function keepForwarded(head: RequestHead, name: string, value: string): void {
     if (value.trim().toLowerCase() === 'https') head.proto = 'https'
   } else if (lower === 'x-forwarded-port') head.forwardedPort = true
   head.out.push(name, value)
+}
+
+/**
+ * An X-Forwarded-Prefix, or '' when it is not one plain path: it comes to stand in front of references and in cookies, where two slashes would name
+ * another host and a semicolon would begin an attribute.
+ */
+function prefixOf(value: string): string {
+  return /^((?:\/[\w.~%!$&'()*+=:@-]+)+)\/?$/.exec(value.trim())?.[1] ?? ''
 }
 
 /** Does a Connection header name anything beyond the three usual options? */

@@ -24,7 +24,7 @@ export type NotLocated = { readonly ok: false; readonly fault: BadRoute['fault']
 
 export type LocateOptions = {
   readonly mode: RouteMode
-  /** Only hosts below this domain name a sandbox; '' means any. Lower case. */
+  /** Only hosts below this domain name a sandbox; '' means any. Lower case, no dot at its end. */
   readonly baseDomain: string
 }
 
@@ -69,7 +69,9 @@ export class Locator {
       return mode === 'auto' && !parsed.ok ? none : parsed
     }
     const colon = lower.lastIndexOf(':')
-    const name = colon > lower.lastIndexOf(']') ? lower.slice(0, colon) : lower
+    const written = colon > lower.lastIndexOf(']') ? lower.slice(0, colon) : lower
+    // A name may say with a dot that it is absolute (RFC 1034 §3.1).
+    const name = written.endsWith('.') ? written.slice(0, -1) : written
     const length = name.length - baseDomain.length - 1
     const label = length > 0 && name.endsWith(baseDomain) && name[length] === '.' ? name.slice(0, length) : ''
     return label === '' || label.includes('.') ? none : parseHostToken(label)

@@ -7,7 +7,7 @@ import type { Edge } from './edge.ts'
 import { peerOf, plainAddress } from './peer.ts'
 import { malformedLine } from './visit.ts'
 
-/** Requests of one connection that may wait for their answers. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */
+/** Requests of one connection that may wait for their answers, or for its end. Clients send a few ahead at most, if any (RFC 9112 §9.3.2). */
 const mostSentAhead = 64
 
 /**
@@ -16,7 +16,7 @@ const mostSentAhead = 64
  */
 export function sentTooFarAhead(edge: Edge, { socket }: IncomingMessage): boolean {
   const peer = peerOf(socket, edge.trustedProxies)
-  if (peer.open.length < mostSentAhead) return false
+  if (peer.open.length + peer.ignored < mostSentAhead) return false
   if (!socket.destroyed) {
     note(edge, peer.address, 0, 'EDGE_OVERLOADED')
     breakOff(socket, peer)

@@ -4,10 +4,10 @@ import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
 import { breakOff } from './break-off.ts'
-import { headText, hostName, prefixRewriter, responseFields, type ResponseFields } from './response-headers.ts'
+import { checkTransferCoding, headText, responseFields, rewriterFor, type ResponseFields } from './response-headers.ts'
 import { RequestBody, type Exchange } from './request-body.ts'
 import type { InFlight } from './in-flight.ts'
-import type { OpenRelay, Refusal, Relay } from './relay.ts'
+import { safeMethods, type OpenRelay, type Refusal, type Relay } from './relay.ts'
 import type { RouteTable } from './routes.ts'
 import { upstreamOf, type Dispatcher, type Handler, type RelayOptions, type Upstream, type Wire } from './upstream.ts'
 import type { Visit } from './visit.ts'
@@ -25,7 +25,6 @@ export function httpRelays(table: RouteTable, options: RelayOptions, refuse: Ref
 }
 
 /** Methods whose requests may be sent twice without harm. RFC 9110 §9.2.1. */
-const safeMethods = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
 /** Methods that undici announces a body for; without one they say so themselves. */
 const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
 
@@ -34,7 +33,8 @@ class HttpRelay implements Relay, Handler, Exchange {
   place = 0
   wire: Wire | null = null
   reset = false
-  lastByteAt: number
+  /** Of a request that waits to be sent, no time runs. */
+  lastByteAt = Infinity
   readonly #visit: Visit
   readonly #upstream: Upstream
   readonly #options: RelayOptions
@@ -62,12 +62,13 @@ class HttpRelay implements Relay, Handler, Exchange {
     this.#refuse = refuse
     this.#active = active
     this.draining = draining
-    this.lastByteAt = visit.locatedAt
     upstream.active++
     active.add(this)
   }
 
   send(): void {
+    if (this.#over) return
+    this.lastByteAt = performance.now()
     const { request, head } = this.#visit
     const method = request.method as string
     const headers = head.out
@@ -76,14 +77,14 @@ class HttpRelay implements Relay, Handler, Exchange {
     if (head.contentLength !== '') headers.push('content-length', head.contentLength)
     else if (!head.chunked && bodyMethods.has(method)) headers.push('content-length', '0')
     if (hasBody) this.#body = new RequestBody(this.#visit, this)
-    this.#dispatch(method, hasBody)
+    this.#dispatch()
   }
 
-  #dispatch(method: string, hasBody: boolean): void {
-    const options: Dispatcher.DispatchOptions = { path: this.#visit.target, method, headers: this.#visit.head.out, body: this.#body, headersTimeout: 0, bodyTimeout: 0 }
-    // undici closes the connection after a HEAD and after a body on a method that seldom has one; the former is not needed.
-    if (!hasBody) options.reset = false
-    this.#upstream.dispatch(options, this, this.lastByteAt)
+  #dispatch(): void {
+    const { request, target, head } = this.#visit
+    // undici closes the connection after a HEAD and after a body on a method that seldom has one. The former is needed: of a sandbox that
+    // answers HEAD like GET the body would be read as the answer to the next request, and with it whatever a stranger put into a file.
+    this.#upstream.dispatch({ path: target, method: request.method as string, headers: head.out, body: this.#body, headersTimeout: 0, bodyTimeout: 0 }, this, this.lastByteAt)
   }
 
   clientClosed(): void {
@@ -137,7 +138,8 @@ class HttpRelay implements Relay, Handler, Exchange {
     visit.firstByteAt = this.lastByteAt
     visit.status = status
     const method = visit.request.method
-    const out = responseFields(fields, visit.prefix === '' ? null : prefixRewriter(visit.prefix, visit.plainPrefix, this.#upstream.authority), hostName(visit.head.host))
+    checkTransferCoding(fields)
+    const out = responseFields(fields, rewriterFor(visit, this.#upstream.authority), visit.ownHost)
     // `Trailer` announces what only chunks can carry (RFC 9110 §6.6.2): Node refuses to send it otherwise.
     const length = fields['content-length']
     this.#plain = fields['transfer-encoding'] === undefined
@@ -146,7 +148,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     dropField(out, 'trailer', length !== undefined || bodiless || visit.request.httpVersionMinor === 0)
     if (status === 204) dropField(out, 'content-length', true)
     if (this.draining()) out.push('connection', 'close')
-    this.#stream = String(fields['content-type'] ?? '').startsWith('text/event-stream')
+    this.#stream = isEventStream(String(fields['content-type'] ?? ''))
     try {
       // undici reads it as UTF-8, node:http writes Latin-1: what does not fit is left to the status.
       response.writeHead(status, reason !== undefined && reasonFits.test(reason) ? reason : undefined, out)
@@ -215,11 +217,13 @@ class HttpRelay implements Relay, Handler, Exchange {
     const code = (error as { code?: string }).code
     const stale = code === 'UND_ERR_SOCKET' || code === 'ECONNRESET' || code === 'EPIPE'
     const { request, head } = this.#visit
-    const safe = this.#body === null && (safeMethods.has(request.method as string) || head.replayable)
+    const safe = this.#body === null && (safeMethods.has(request.method) || head.replayable)
     if (!stale || !safe || this.#retried || this.#answered || wire === null || wire.served === 0) return false
     this.#retried = true
     this.reset = false
-    this.#dispatch(request.method as string, false)
+    // Of the attempt that failed: while the next one dials, there is nothing to abort.
+    this.#controller = null
+    this.#dispatch()
     return true
   }
 
@@ -233,7 +237,7 @@ class HttpRelay implements Relay, Handler, Exchange {
     setTimeout(() => {
       if (this.#over) return
       if (upstream.destroyed) this.#fail(new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox ended'))
-      else this.#dispatch(this.#visit.request.method as string, this.#body !== null)
+      else this.#dispatch()
     }, wait)
     return true
   }
@@ -263,6 +267,13 @@ class HttpRelay implements Relay, Handler, Exchange {
     this.#upstream.active--
     this.#active.delete(this)
   }
+}
+
+const eventStream = 'text/event-stream'
+
+/** In any case (RFC 9110 §8.3.1), and with any parameters. */
+function isEventStream(type: string): boolean {
+  return type.slice(0, eventStream.length).toLowerCase() === eventStream
 }
 
 /** What node:http writes (RFC 9112 §4). */

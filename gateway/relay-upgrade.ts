@@ -10,8 +10,9 @@ import { Fault, toFault } from '#policies/fault.ts'
 import { reset } from './break-off.ts'
 import { ClientStream } from './client-stream.ts'
 import type { Refusal, Tunnels } from './relay.ts'
-import { headText } from './response-headers.ts'
+import { checkTransferCoding, headText } from './response-headers.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
+import { networkOf } from './throttle.ts'
 import { answerFields, upgradeFields } from './upgrade-heads.ts'
 import type { RelayOptions } from './upstream.ts'
 import type { Visit } from './visit.ts'
@@ -31,6 +32,7 @@ export class UpgradeRelay implements Tunnels {
   readonly #tiesOf: (sandbox: Sandbox) => Ties
   readonly #proxy = httpProxy.createProxyServer({})
   readonly #agents = new WeakMap<Sandbox, AgentOfSandbox>()
+  /** By network: an IPv6 client counts with all its addresses. */
   readonly #perClient = new Map<string, number>()
   readonly #tunnels = new Set<Tunnel>()
   /** The tunnel whose request http-proxy-3 is building: `ws()` emits `proxyReqWs` before it returns. */
@@ -51,15 +53,17 @@ export class UpgradeRelay implements Tunnels {
   }
 
   relay(visit: Visit, sandbox: Sandbox, socket: Socket, early: Buffer): void {
-    const open = this.#perClient.get(visit.client) ?? 0
+    const client = networkOf(visit.client)
+    const open = this.#perClient.get(client) ?? 0
     const { tunnels } = this.#tiesOf(sandbox)
     if (tunnels.size >= this.#options.maxPerSandbox || open >= this.#options.maxPerClient) {
       this.#refuse(visit, new Fault('EDGE_OVERLOADED', 'too many upgraded connections'))
       return this.#done(visit)
     }
-    this.#perClient.set(visit.client, open + 1)
-    const tunnel = new Tunnel(visit, sandbox, tunnels, socket, this.#options, this.#refuse, () => this.#ended(tunnel, visit))
+    this.#perClient.set(client, open + 1)
+    const tunnel = new Tunnel(visit, sandbox, tunnels, socket, this.#options, this.#refuse, () => this.#ended(tunnel, visit, client))
     this.#tunnels.add(tunnel)
+    this.#options.standing.makeRoom()
     const { host } = sandbox.entry
     this.#building = tunnel
     this.#proxy.ws(
@@ -96,21 +100,23 @@ export class UpgradeRelay implements Tunnels {
     return kept.agent
   }
 
-  #ended(tunnel: Tunnel, visit: Visit): void {
+  #ended(tunnel: Tunnel, visit: Visit, client: string): void {
     this.#tunnels.delete(tunnel)
-    const open = (this.#perClient.get(visit.client) ?? 1) - 1
-    if (open === 0) this.#perClient.delete(visit.client)
-    else this.#perClient.set(visit.client, open)
+    const open = (this.#perClient.get(client) ?? 1) - 1
+    if (open === 0) this.#perClient.delete(client)
+    else this.#perClient.set(client, open)
     this.#done(visit)
   }
 }
 
-/** Connections that a sandbox did not upgrade may be kept, but only for this life of this sandbox. */
+/** The connections of upgrades, for this life of this sandbox only. */
 class AgentOfSandbox implements Belonging {
   readonly agent: Agent
   constructor(options: RelayOptions) {
     // allowHalfOpen is an option of net.connect, which the agent hands on.
     this.agent = new Agent({ keepAlive: true, timeout: 0, noDelay: true, lookup: options.lookup, allowHalfOpen: true } as ConstructorParameters<typeof Agent>[0])
+    // One that was not upgraded goes at once: the sandbox could hold it for good, and a handshake that finds it stale has no second try.
+    this.agent.keepSocketAlive = () => false
   }
   destroy(): void {
     this.agent.destroy()
@@ -205,6 +211,7 @@ class Tunnel implements Belonging {
     fields.push('connection', 'close')
     try {
       if (incoming.statusCode === 101) throw new Error('a 101 without Upgrade')
+      checkTransferCoding(incoming.headers)
       outgoing.writeHead(incoming.statusCode as number, incoming.statusMessage, fields)
     } catch {
       // A status or a reason phrase that node:http reads and does not write.

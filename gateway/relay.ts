@@ -10,7 +10,7 @@ import type { Visit } from './visit.ts'
 
 /** One HTTP exchange on its way to a sandbox and back. */
 export interface Relay extends Placed {
-  /** Sends the request. The visit's head holds only what the sandbox may see. */
+  /** Sends the request, unless it is over already. The visit's head holds only what the sandbox may see. */
   send(): void
   /** The client is gone, or its response is complete. */
   clientClosed(): void
@@ -19,6 +19,9 @@ export interface Relay extends Placed {
   /** The gateway goes: ends the exchange, with words where there is room for them. */
   leave(): void
 }
+
+/** Those that ask for no change (RFC 9110 §9.2.1): their requests may be answered beside each other, and sent again. */
+export const safeMethods: ReadonlySet<string | undefined> = new Set(['GET', 'HEAD', 'OPTIONS', 'TRACE'])
 
 /** Makes the relay of an admitted request; null: that port of the sandbox has as many as it may have. */
 export type OpenRelay = (visit: Visit, sandbox: Sandbox) => Relay | null

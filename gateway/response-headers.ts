@@ -1,5 +1,7 @@
 /** Which header fields of a sandbox's response cross the gateway, and what changes on the way: cookies too wide, references in URI mode. */
+import { Fault } from '#policies/fault.ts'
 import { connectionOptions } from './headers.ts'
+import type { Visit } from './visit.ts'
 
 /** Response fields that end here. RFC 9110 §7.6.1; `trailer` is decided by the relay, which knows the framing. */
 const responseHops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'transfer-encoding', 'upgrade'])
@@ -10,7 +12,7 @@ export type ResponseFields = Readonly<Record<string, string | string[] | undefin
  * The end-to-end fields of a sandbox's response as a flat list for writeHead; repeated ones stay apart.
  * @param fields lower-case names, as undici parsed them
  * @param rewrite null outside URI mode: what to do with Location, Refresh and the Path of cookies
- * @param ownHost the host name the client used: a cookie may not reach further than it
+ * @param ownHost the host that is the sandbox's alone: a cookie may name it, and no other; '' when there is none
  */
 export function responseFields(fields: ResponseFields, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string[] {
   const out: string[] = []
@@ -23,6 +25,15 @@ export function responseFields(fields: ResponseFields, rewrite: ((name: string, 
     else for (const one of value) out.push(name, rewriteField(name, one, rewrite, ownHost))
   }
   return out
+}
+
+/**
+ * Only plain chunks are undone here; any other coding would reach the client undeclared. RFC 9112 §6.1.
+ * @throws Fault
+ */
+export function checkTransferCoding(fields: ResponseFields): void {
+  const coding = fields['transfer-encoding']
+  if (coding !== undefined && String(coding).toLowerCase() !== 'chunked') throw new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox sent a body in a transfer coding other than chunked')
 }
 
 function rewriteField(name: string, value: string, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string {
@@ -40,7 +51,10 @@ export function hostName(host: string | undefined): string {
   return (colon > host.lastIndexOf(']') ? host.slice(0, colon) : host).toLowerCase()
 }
 
-/** Takes a Domain that is not the sandbox's own host off a cookie: with it, one sandbox could set cookies for its neighbours. */
+/**
+ * Takes a Domain that is not the sandbox's own host off a cookie: with it, one sandbox could set cookies for its neighbours.
+ * @param ownHost '' where sandboxes share a host: there every Domain goes, also that host, below which neighbours may have hosts of their own
+ */
 export function narrowCookie(cookie: string, ownHost: string): string {
   if (!cookie.includes(';')) return cookie
   const parts = cookie.split(';')
@@ -48,13 +62,18 @@ export function narrowCookie(cookie: string, ownHost: string): string {
     if (index === 0) return true
     const equals = part.indexOf('=')
     const name = (equals === -1 ? part : part.slice(0, equals)).trim().toLowerCase()
-    return name !== 'domain' || part.slice(equals + 1).trim().toLowerCase() === ownHost
+    return name !== 'domain' || (ownHost !== '' && part.slice(equals + 1).trim().toLowerCase() === ownHost)
   })
   return kept.length === parts.length ? cookie : kept.join(';')
 }
 
+/** What becomes of the references in an answer; null where they stay: the path named no sandbox. @param authority the sandbox's own `host:port` */
+export function rewriterFor({ head, prefix, plainPrefix }: Visit, authority: string): ((name: string, value: string) => string) | null {
+  return prefix === '' ? null : prefixRewriter(head.forwardedPrefix + prefix, head.forwardedPrefix + plainPrefix, authority)
+}
+
 /**
- * Moves root-relative references of a response below the prefix that URI mode took off the path.
+ * Moves root-relative references of a response below the prefix that URI mode took off the path, and a proxy of ours before it.
  * @param prefix for example `/my-sandbox/8080`, with token or signature where the client came in with one
  * @param plain the same without: the sandbox was told this one, and may have used it
  * @param authority the sandbox's own `host:port`, as an application may write it into an absolute Location

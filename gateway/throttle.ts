@@ -1,6 +1,6 @@
 /** Counts refused access attempts per client: the original's signature has 32 bits, so guessing must be slow. */
-import { isIPv6 } from 'node:net'
 import { LRUCache } from 'lru-cache'
+import { readAddress } from '#policies/address.ts'
 
 /** Clients remembered at once; the oldest are forgotten first. */
 const remembered = 10_000
@@ -30,11 +30,10 @@ export class FailureThrottle {
 }
 
 /** An IPv6 client has at least 2^64 addresses, and guesses from all of them: what counts is the /64 (RFC 6177). */
-function networkOf(client: string): string {
-  if (!isIPv6(client)) return client
-  const [head = '', tail] = client.split('::')
-  const before = head === '' ? [] : head.split(':')
-  const after = tail === undefined || tail === '' ? 0 : tail.split(':').length
-  const groups = tail === undefined ? before : [...before, ...Array.from({ length: 8 - before.length - after }, () => '0'), ...(tail === '' ? [] : tail.split(':'))]
-  return groups.slice(0, 4).map((group) => group.replace(/^0+(?=.)/, '').toLowerCase()).join(':')
+export function networkOf(client: string): string {
+  // A neighbour on the link comes with a zone.
+  const zone = client.indexOf('%')
+  const address = readAddress(zone === -1 ? client : client.slice(0, zone))
+  if (address === null) return client
+  return address.family === 4 ? `${address.value}/32` : `${address.value >> 64n}/64`
 }

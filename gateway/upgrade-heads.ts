@@ -1,7 +1,7 @@
 /** The heads of both sides of an upgrade, as this gateway sends them: http-proxy-3 would merge repeated fields. */
 import type { IncomingMessage } from 'node:http'
 import { connectionOptions } from './headers.ts'
-import { hostName, narrowCookie, prefixRewriter } from './response-headers.ts'
+import { narrowCookie, rewriterFor } from './response-headers.ts'
 import type { Visit } from './visit.ts'
 
 /**
@@ -32,8 +32,7 @@ const references = new Set(['location', 'refresh', 'content-location'])
  * every other response. Browsers take cookies from the answer to a handshake, too.
  */
 export function answerFields(raw: readonly string[], visit: Visit, authority: string): string[] {
-  const rewrite = visit.prefix === '' ? null : prefixRewriter(visit.prefix, visit.plainPrefix, authority)
-  const ownHost = hostName(visit.head.host)
+  const rewrite = rewriterFor(visit, authority)
   const named = new Set<string>()
   for (let i = 0; i < raw.length; i += 2) {
     if ((raw[i] as string).toLowerCase() === 'connection') for (const option of connectionOptions(raw[i + 1] as string)) named.add(option)
@@ -42,7 +41,7 @@ export function answerFields(raw: readonly string[], visit: Visit, authority: st
   for (let i = 0; i < raw.length; i += 2) {
     const name = (raw[i] as string).toLowerCase()
     if (hops.has(name) || named.has(name)) continue
-    const value = name === 'set-cookie' ? narrowCookie(raw[i + 1] as string, ownHost) : (raw[i + 1] as string)
+    const value = name === 'set-cookie' ? narrowCookie(raw[i + 1] as string, visit.ownHost) : (raw[i + 1] as string)
     out.push(raw[i] as string, rewrite !== null && (name === 'set-cookie' || references.has(name)) ? rewrite(name, value) : value)
   }
   return out

@@ -9,6 +9,7 @@ import { Client, type Dispatcher } from 'undici'
 import { Fault } from '#policies/fault.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
 import { SandboxSocket } from './sandbox-socket.ts'
+import type { Standing } from './standing.ts'
 import type { LookupCallback } from './upstream-guard.ts'
 
 export type { Dispatcher } from 'undici'
@@ -27,9 +28,13 @@ export type RelayOptions = {
   /** The client's Host goes to the sandbox instead of the sandbox's own address. */
   readonly preserveHost: boolean
   readonly lookup: (name: string, options: LookupOptions, callback: LookupCallback) => void
+  readonly standing: Standing
 }
 
-/** ms an upstream connection is kept without a request. Many servers close after 5 s; a shorter time avoids the race with them. */
+/**
+ * ms an upstream connection is kept without a request. Many servers close after 5 s; a shorter time avoids the race with them. Not longer for
+ * a sandbox that offers more (Keep-Alive): the descriptor is ours.
+ */
 const keepIdle = 4_000
 /** ms after which the pool of a port that nobody asks for is given up. */
 const forgetAfter = 60_000
@@ -37,7 +42,7 @@ const largestHead = 256 * 1024
 
 /** The origin is a placeholder: the address is dialled by our own connector and the Host is a header of ours. */
 const placeholder = new URL('http://sandbox.invalid')
-const lineOptions: Client.Options = { pipelining: 1, keepAliveTimeout: keepIdle, keepAliveMaxTimeout: 60_000, headersTimeout: 0, bodyTimeout: 0, maxHeaderSize: largestHead }
+const lineOptions: Client.Options = { pipelining: 1, keepAliveTimeout: keepIdle, keepAliveMaxTimeout: keepIdle, headersTimeout: 0, bodyTimeout: 0, maxHeaderSize: largestHead }
 
 /**
  * The connections to one port of one life of a sandbox. undici's own Pool looks through all its connections twice a request, those held by
@@ -70,7 +75,7 @@ export class Upstream implements Belonging {
   dispatch(request: Dispatcher.DispatchOptions, relay: Handler, now: number): void {
     this.#lastUsed = now
     const line = this.#free.pop() ?? this.#openLine()
-    line.free = false
+    line.wire.free = false
     // undici tells when a line has done its work, but not when it refused the request or could not even begin to dial.
     if (!line.dispatch(request, relay) && line.stats.size === 0) this.#release(line)
   }
@@ -83,8 +88,8 @@ export class Upstream implements Belonging {
   }
 
   #release(line: Line): void {
-    if (line.free) return
-    line.free = true
+    if (line.wire.free) return
+    line.wire.free = true
     this.#free.push(line)
   }
 
@@ -113,16 +118,14 @@ export type Carried = {
 export type Handler = Dispatcher.DispatchHandler & Carried
 
 /** What a connector tells about the socket it made. */
-export type Wire = { socket: SandboxSocket | null; served: number; relay: Carried | null }
+export type Wire = { socket: SandboxSocket | null; served: number; relay: Carried | null; /** It waits for an exchange. */ free: boolean }
 
 /** One upstream connection at a time, and what undici does not tell: whether it served before, and whether it was reset. */
 class Line extends Client {
   readonly wire: Wire
-  /** It waits for an exchange. */
-  free = false
 
   constructor(connect: (wire: Wire, callback: Connected) => void) {
-    const wire: Wire = { socket: null, served: 0, relay: null }
+    const wire: Wire = { socket: null, served: 0, relay: null, free: false }
     super(placeholder, { ...lineOptions, connect: (_target, callback) => connect(wire, callback) })
     this.wire = wire
   }
@@ -145,6 +148,7 @@ function dial(wire: Wire, upstream: Upstream, host: string, port: number, option
   const socket = new SandboxSocket()
   wire.socket = socket
   wire.served = 0
+  options.standing.add(socket, wire)
   let settled = false
   const timer = setTimeout(() => socket.destroy(new Fault('EDGE_UPSTREAM_TIMEOUT', 'the sandbox did not accept the connection in time')), options.connectTimeout)
   const settle = (error: Error | null): void => {

@@ -31,6 +31,8 @@ export class Visit {
   prefix = ''
   /** The same without token or signature: what the sandbox may know. */
   plainPrefix = ''
+  /** The host that names this sandbox and is its alone, for the cookies of the answer; '' where sandboxes share one. */
+  ownHost = ''
   locatedAt = 0
   dialledAt = 0
   firstByteAt = 0

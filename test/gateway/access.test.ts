@@ -88,16 +88,100 @@ t.test('an EventSource of a page gets in by the cookie of the page, event by eve
   t.equal(statusOf(await ask(gateway.port, source().replace(`; ${cookie}`, ''))), 401, 'without the cookie there is no way in')
 })
 
-t.test('guessing signatures is slow', async (t) => {
+t.test('the page of a neighbouring sandbox gets nowhere with the cookie that its visitor has for this one', async (t) => {
+  let reached = 0
+  await using upstream = await startHttp((_request, response) => void (reached++, response.end('in')), (server) => server.on('upgrade', (_request, socket) => void (reached++, socket.end('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n'))))
+  const { port } = upstream
+  const routes = [{ id: 'sec', secureAccessToken: 'tok' }]
+  const token = mintAccessToken({ id: 'sec', port, epoch: 0, scope: wholeSandbox, keyId: 'a', secret, expires: BigInt(Math.round(Date.now() / 1000) + 600) })
+  const host = `sec-${port}.gw.test`
+  const [own, neighbour, outer] = [`Origin: https://${host}`, 'Origin: https://b-80.gw.test', 'Origin: https://outer.test']
+  const cookie = `Cookie: __Host-sallyport-access=${token}`
+  const socket = ['Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==']
+  const page = (method: string, ...headers: string[]): string => get('/p', ...headers).replace('GET', method).replace('Host: gateway', `Host: ${host}`)
+  const upgrade = (...headers: string[]): string => page('GET', ...socket, ...headers).replace('Connection: close', 'Connection: Upgrade')
+  const rows: [why: string, request: string, status: number][] = [
+    ['its own WebSocket', upgrade(cookie, own), 101],
+    ["a neighbour's", upgrade(cookie, neighbour), 401],
+    ["a neighbour's, in a browser that says more", upgrade(cookie, neighbour, 'Sec-Fetch-Site: same-site', 'Sec-Fetch-Mode: websocket'), 401],
+    ['that of a page without an origin', upgrade(cookie, 'Origin: null'), 401],
+    ["a neighbour's with a token of its own", upgrade('Sallyport-Access: ' + token, cookie, neighbour), 101],
+    ['its own form', page('POST', cookie, own), 200],
+    ["a neighbour's", page('POST', cookie, neighbour), 401],
+    ["a neighbour's image, which has no Origin", page('GET', cookie, 'Sec-Fetch-Site: same-site', 'Sec-Fetch-Mode: no-cors'), 401],
+    ["a neighbour's link", page('GET', cookie, 'Sec-Fetch-Site: same-site', 'Sec-Fetch-Mode: navigate'), 200],
+    ['a token in the address needs no cookie', page('GET', cookie, neighbour).replace('/p ', `/p?sallyport_access=${token} `), 302],
+    ['nor does the access header', page('POST', 'OpenSandbox-Secure-Access: tok', cookie, neighbour), 200],
+    ['the name outside, said by nobody we trust', page('POST', cookie, outer, 'X-Forwarded-Host: outer.test'), 401],
+  ]
+  const proxied: typeof rows = [
+    ['the name outside', page('POST', cookie, outer, 'X-Forwarded-Host: outer.test'), 200],
+    ['the name outside, of several', page('POST', cookie, outer, 'X-Forwarded-Host: outer.test, inner.test'), 200],
+    ['the name inside', page('POST', cookie, own, 'X-Forwarded-Host: outer.test'), 200],
+    ["a neighbour's", page('POST', cookie, neighbour, 'X-Forwarded-Host: outer.test'), 401],
+  ]
+  for (const [trustedProxies, table] of [[[], rows], [['127.0.0.0/8'], proxied]] as const) {
+    await using gateway = await startGateway(routes, { mode: 'wildcard', baseDomain: 'gw.test', secureAccessKeys: keysText, trustedProxies: [...trustedProxies], authFailuresPerMinute: 1 })
+    for (const [why, request, status] of table) {
+      const before = reached
+      const answer = await ask(gateway.port, request)
+      t.equal(statusOf(answer), status, why)
+      t.equal(reached - before, status === 200 || status === 101 ? 1 : 0, `${why}: what the sandbox saw`)
+      if (status === 401) t.match(bodyOf(answer), 'access token in a cookie does not count for requests of another origin', why)
+    }
+  }
+  await using shared = await startGateway(routes, { mode: 'uri', uriCookies: true, secureAccessKeys: keysText })
+  const inUri = (origin: string): string => get(`/sec/${port}/p`, `Cookie: sallyport-access=${token}`, origin).replace('GET', 'POST')
+  t.equal(statusOf(await ask(shared.port, inUri('Origin: http://gateway'))), 200, 'in URI mode all sandboxes are one origin')
+  t.equal(statusOf(await ask(shared.port, inUri('Origin: http://elsewhere.test'))), 401, 'but the rest of the world is not')
+})
+
+t.test('guessing is slow, and a proof that cannot be guessed works all the while', async (t) => {
   await using upstream = await startHttp((_request, response) => response.end('in'))
   const { port } = upstream
-  await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok' }], { mode: 'uri', secureAccessKeys: keysText, authFailuresPerMinute: 5 })
-  const good = `/sec/${port}/${future}/${signShort('a', secret, 'sec', port, future)}/`
-  for (let i = 0; i < 5; i++) t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/${future}/0000000${i}a/`))), 401)
-  const blocked = await ask(gateway.port, get(good))
-  t.equal(statusOf(blocked), 429, 'even a good one has to wait')
-  t.match(blocked, /retry-after: /i)
-  t.equal(statusOf(await ask(gateway.port, get(`/sec/${port}/`, 'OpenSandbox-Secure-Access: tok'))), 200, 'the header still works: it cannot be guessed')
+  const long = 'x'.repeat(22)
+  const routes = [{ id: 'sec', secureAccessToken: long, epoch: 3 }, { id: 'weak', secureAccessToken: long.slice(1) }]
+  const soon = BigInt(Math.floor(Date.now() / 1000) + 600)
+  const mint = (change: Partial<Minting> = {}): string => mintAccessToken({ id: 'sec', port, epoch: 3, scope: wholeSandbox, keyId: 'a', secret, expires: soon, ...change })
+  const signed = (signature: string, expires = future): string => get(`/sec/${port}/${expires}/${signature}/`)
+  const header = (id: string, value: string): string => get(`/${id}/${port}/`, `OpenSandbox-Secure-Access: ${value}`)
+  const strong = (value: string): string => get(`/sec/${port}/`, `Sallyport-Access: ${value}`)
+  const cookie = (value: string): string => get(`/sec/${port}/`, `Cookie: sallyport-access=${value}`)
+  const good = signShort('a', secret, 'sec', port, future)
+  const kinds: [what: string, wrong: (n: number) => string, counts: boolean][] = [
+    ['signatures', (n) => signed(`0000000${n}a`), true],
+    ['signatures of an unknown key', (n) => signed(`0000000${n}z`), true],
+    ['access headers', (n) => header('sec', `no${n}`), true],
+    ['access headers of a weak token', (n) => header('weak', `no${n}`), true],
+    ['tokens in a header', (n) => strong(mint({ port: n + 1 })), true],
+    ['tokens in a path', (n) => get(`/sec/${port}/${mint({ port: n + 1 })}/`), true],
+    ['tokens in a query', (n) => get(`/sec/${port}/?sallyport_access=${mint({ port: n + 1 })}`), true],
+    ['tokens that are none', (n) => strong(`sp1.${n}`), true],
+    ['no proof at all', () => get(`/sec/${port}/`), false],
+    ['signatures that have expired', () => signed(signShort('a', secret, 'sec', port, '1'), '1'), false],
+    ['tokens that have expired', () => strong(mint({ expires: 1n })), false],
+    ['tokens that were revoked', () => strong(mint({ epoch: 2 })), false],
+    ['tokens for other methods', () => strong(mint({ scope: { methods: ['PUT'], pathPrefix: '/' } })), false],
+    ['tokens for other paths', () => strong(mint({ scope: { methods: null, pathPrefix: '/api' } })), false],
+    ['cookies, which come unasked', (n) => cookie(mint({ port: n + 1 })), false],
+  ]
+  for (const [what, wrong, counts] of kinds) {
+    await using gateway = await startGateway(routes, { mode: 'uri', uriCookies: true, secureAccessKeys: keysText, authFailuresPerMinute: 5 })
+    const status = async (request: string): Promise<number> => statusOf(await ask(gateway.port, request))
+    const seen: number[] = []
+    for (let n = 0; n < 7; n++) seen.push(await status(wrong(n)))
+    t.same(seen, [401, 401, 401, 401, 401, ...(counts ? [429, 429] : [401, 401])], what)
+    const guessable = counts ? 429 : 200
+    t.equal(await status(signed(good)), guessable, `${what}: a good signature`)
+    t.equal(await status(header('weak', long.slice(1))), guessable, `${what}: the access header with a token that is no secret`)
+    t.equal(await status(header('sec', long)), 200, `${what}: with one that is`)
+    t.equal(await status(strong(mint())), 200, `${what}: a strong token`)
+    t.equal(await status(cookie(mint())), 200, `${what}: in a cookie`)
+    t.equal(await status(get(`/sec/${port}/`)), 401, `${what}: who shows nothing is asked for something`)
+  }
+  await using gateway = await startGateway(routes, { mode: 'uri', secureAccessKeys: keysText, authFailuresPerMinute: 1 })
+  await ask(gateway.port, signed('00000000a'))
+  t.match(await ask(gateway.port, signed(good)), /^HTTP\/1\.1 429 [^]*\r\nretry-after: /i)
 })
 
 t.test('who guesses locks out nobody else behind the same proxy', async (t) => {
@@ -111,6 +195,9 @@ t.test('who guesses locks out nobody else behind the same proxy', async (t) => {
     ['192.0.2.1', 429, 'who guessed has to wait'],
     ['192.0.2.2', 200, 'another client of the same proxy does not'],
     ['192.0.2.2, 192.0.2.1', 429, 'what the guesser claims of itself is not believed'],
+    ['192.0.2.1:4711', 429, 'nor is it somebody else on every connection'],
+    ['::ffff:192.0.2.1', 429, 'nor when it is written the IPv6 way'],
+    ['::ffff:192.0.2.2', 200, 'which others are, too'],
   ]
   for (const [client, status, why] of rows) t.equal(statusOf(await from(client, good)), status, why)
 })
@@ -176,6 +263,18 @@ t.test('hideMissing: an unknown sandbox looks like a refused one, whatever is tr
       statuses.push(seen)
     }
     t.same(statuses, [[401, 401, 401, 429, 429], [401, 401, 401, 429, 429]], 'guessing is as slow where nobody is')
+  }
+  const slow: typeof rows = rows.filter(([name]) => name !== 'nothing')
+  for (const [name, path, ...headers] of [...slow, ['nothing', '/'], ['a cookie', '/', `Cookie: sallyport-access=${elsewhere}`]] as typeof rows) {
+    const statuses: number[][] = []
+    for (const id of ['nobody', 'sec']) {
+      await using gateway = await startGateway([{ id: 'sec', secureAccessToken: 'tok', epoch: 1 }], { mode: 'uri', uriCookies: true, hideMissing: true, secureAccessKeys: keysText, authFailuresPerMinute: 2 })
+      const seen: number[] = []
+      for (let n = 0; n < 4; n++) seen.push(statusOf(await ask(gateway.port, get(`/${id}/80${path}`, ...headers))))
+      statuses.push(seen)
+    }
+    const wanted = slow.some(([counted]) => counted === name) ? [401, 401, 429, 429] : [401, 401, 401, 401]
+    t.same(statuses, [wanted, wanted], `${name}: as slow where nobody is`)
   }
 })
 
@@ -286,4 +385,13 @@ t.test('our strong token: header, path segment, query parameter, cookie', async 
   t.match(redirected, `location: /sec/${port}/p\r\n`)
   t.match(redirected, `set-cookie: sallyport-access=${token}; Path=/sec/${port}/; HttpOnly; SameSite=Lax`)
   t.equal(statusOf(await ask(shared.port, get(`/sec/${port}/p`, `Cookie: sallyport-access=${token}`))), 200, 'configured: the cookie counts in URI mode')
+
+  await using behind = await startGateway(routes, { mode: 'auto', baseDomain: 'gw.test', uriCookies: true, secureAccessKeys: keysText, trustedProxies: ['127.0.0.0/8'] })
+  const outer = 'X-Forwarded-Prefix: /outer'
+  const [byPath, byHost] = [await ask(behind.port, get(`/sec/${port}/p?sallyport_access=${token}`, outer)), await ask(behind.port, host(get(`/p?sallyport_access=${token}`, outer)))]
+  t.match(byPath, `location: /outer/sec/${port}/p\r\n`, 'below the prefix that a proxy of ours took off')
+  t.match(byPath, `set-cookie: sallyport-access=${token}; Path=/outer/sec/${port}/; HttpOnly`, 'where the browser sends it')
+  t.match(byHost, 'location: /outer/p\r\n')
+  t.match(byHost, `set-cookie: __Host-sallyport-access=${token}; Path=/; Secure`)
+  t.match(await ask(behind.port, get(`/sec/${port}/${token}/move`, outer)), `location: /outer/sec/${port}/${token}/there\r\n`, 'a redirect keeps prefix and entry')
 })

@@ -2,6 +2,7 @@
 import { fork } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import type { RequestListener } from 'node:http'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as delay } from 'node:timers/promises'
@@ -11,7 +12,7 @@ import { connectionsThatFit } from '../../gateway/descriptors.ts'
 import { UpstreamGuard } from '../../gateway/upstream-guard.ts'
 import { sized } from '../support/size.ts'
 import { listening, said, startWith, type Program } from './program.ts'
-import { ask, eventually, get, RawClient, startHttp, statusOf } from './support.ts'
+import { ask, eventually, get, RawClient, startHttp, startRaw, statusOf } from './support.ts'
 
 const folder = mkdtempSync(join(tmpdir(), 'gateway-descriptors-'))
 t.teardown(() => rmSync(folder, { recursive: true }))
@@ -242,6 +243,35 @@ t.test('without a descriptor: connections of before are answered, changed files 
     for (const until = Date.now() + 5_000; status !== 200 && Date.now() < until; await delay(100)) status = statusOf(await ask(port, request).catch(() => ''))
     t.equal(status, 200, why)
   }
+})
+
+t.test('connections that wait for a next request make room for those that are needed', { timeout: 60_000 }, async (t) => {
+  await using ports = new AsyncDisposableStack()
+  const answer: RequestListener = (_request, response) => void response.end('answered')
+  const many: number[] = []
+  while (many.length < 100) many.push(ports.use(await startHttp(answer, (server) => (server.keepAliveTimeout = 60_000))).port)
+  await using tunnel = await startRaw((socket) => {
+    socket.once('data', () => socket.resume().write('HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n'))
+    socket.on('end', () => socket.end())
+  })
+  await using program = startGatewayWith(limit, routesFile('routes.json', [{ id: 'a', host: '127.0.0.1' }]))
+  const port = await listening(program)
+  const before = descriptorsOf(program, limit)
+  const fits = said(program, 'the descriptor limit allows fewer connections: raise ulimit -n')[0]?.['maxConnections'] as number
+  const answers = new Map<number, number>()
+  let most = 0
+  for (const target of many) {
+    const status = statusOf(await ask(port, get(`/a/${target}/`)))
+    answers.set(status, (answers.get(status) ?? 0) + 1)
+    most = Math.max(most, descriptorsOf(program, limit))
+  }
+  t.same([...answers], [[200, many.length]], 'one client that asks port after port is always answered')
+  t.ok(most <= before + fits + 2, `idle connections are no more than clients may be: ${most} of ${limit}, ${before} at first`)
+  // Each needs two.
+  const upgraded = Array.from({ length: fits - 1 }, () => new RawClient(port).send(get(`/a/${tunnel.port}/`, 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==').replace('Connection: close', 'Connection: Upgrade')))
+  for (const client of upgraded) t.equal(statusOf(await client.until(({ received }) => received.includes('\r\n\r\n'))), 101)
+  t.ok(descriptorsOf(program, limit) <= before + 2 * fits + 1, 'nor do they stay beside those of WebSockets')
+  for (const client of upgraded) client.close()
 })
 
 t.test('without a descriptor the gateway cannot ask for its own addresses, and knows those of before', { timeout: 60_000 }, async (t) => {

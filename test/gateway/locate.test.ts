@@ -1,4 +1,4 @@
-/** What the locator remembers of the hosts and tokens that clients make up is bounded, and wrong for none of them. */
+/** How hosts and tokens are read, and that what is remembered of those that clients make up is bounded, and wrong for none of them. */
 import { setFlagsFromString } from 'node:v8'
 import { runInNewContext } from 'node:vm'
 import t from 'tap'
@@ -16,6 +16,25 @@ function heap(): number {
   for (let round = 0; round < 3; round++) collect()
   return process.memoryUsage().heapUsed
 }
+
+t.test('a dot at the end makes a host no other one', async (t) => {
+  const table = new RouteTable(() => false)
+  table.put(entry({ id: 'a' }))
+  const rows: [host: string, baseDomain: string, found: boolean][] = [
+    ['a-80.gw.test.', 'gw.test', true],
+    ['A-80.GW.test.:28888', 'gw.test', true],
+    ['a-80.example.', '', true],
+    ['a-80.', '', true],
+    ['a-80.gw.test..', 'gw.test', false],
+    ['a-80..gw.test', 'gw.test', false],
+    ['a-80.', 'gw.test', false],
+    ['gw.test.', 'gw.test', false],
+    ['.', 'gw.test', false],
+  ]
+  for (const [host, baseDomain, found] of rows) {
+    t.equal(new Locator({ mode: 'wildcard', baseDomain }, table).locate(Object.assign(new RequestHead(), { host }), '/').ok, found, `${host} below ${baseDomain}`)
+  }
+})
 
 t.test('names that nobody has: full memories do not grow', { timeout: 60_000 }, async (t) => {
   const table = new RouteTable(() => false)

@@ -1,4 +1,5 @@
 /** What never becomes a request still gets an answer that fits, a line in the access log and a place in the counters. */
+import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { bodyOf, eventually, RawClient, startGateway, startHttp, startRaw, statusOf, type TestGateway } from './support.ts'
 
@@ -101,6 +102,44 @@ t.test('a request that takes the connection over never overtakes an answer', asy
     t.same(seen, ['/first'], what)
     await eventually(() => linesOf(gateway).length === 2, 'both are logged')
     t.ok(linesOf(gateway).some(({ code }) => code === 'EDGE_BAD_REQUEST'), what)
+  }
+})
+
+/** A request behind which nothing is one, though its connection waits for the answers before it. */
+const lastOnes: [what: string, request: (port: number) => string, answers: number][] = [
+  ['a target that is refused', () => 'GET /x#y HTTP/1.1\r\nhost: x\r\n\r\n', 400],
+  ['an upgrade that nobody follows', (port) => `GET /a/${port}/last HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: foo\r\n\r\n`, 200],
+]
+
+t.test('what follows the last request of a connection is ignored, and ends it when it does not end', async (t) => {
+  for (const [what, last, status] of lastOnes) {
+    let finish: (() => void) | null = null
+    await using upstream = await startHttp((request, response) => (request.url === '/held' ? (finish = () => void response.end('held')) : response.end('last')))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const begin = async (): Promise<RawClient> => {
+      finish = null
+      const client = new RawClient(gateway.port).send(`GET /a/${upstream.port}/held HTTP/1.1\r\nhost: x\r\n\r\n`)
+      await eventually(() => finish !== null, 'the first request arrives')
+      client.send(last(upstream.port))
+      // Not in one packet with what makes it the last: node:http would throw it away.
+      await delay(50)
+      return client
+    }
+    const behind = (count: number): string => 'GET /status.ok HTTP/1.1\r\nhost: x\r\n\r\n'.repeat(count)
+    const modest = await begin()
+    modest.send(behind(20))
+    await delay(50)
+    ;(finish as unknown as () => void)()
+    const received = await modest.untilClosed()
+    t.same([...received.matchAll(/HTTP\/1\.1 (\d+) /g)].map(([, code]) => Number(code)), [200, status], `${what}: a few behind it harm nobody, and have no answer`)
+    t.match(received, 'held', what)
+    const greedy = await begin()
+    const before = await refusedOf(gateway, 'EDGE_OVERLOADED')
+    for (let sent = 0; sent < 100 && !greedy.closed && !greedy.ended; sent += 10, await delay(5)) greedy.send(behind(10))
+    await greedy.untilClosed()
+    t.equal(greedy.received, '', `${what}: too many behind it end the connection`)
+    t.equal(await refusedOf(gateway, 'EDGE_OVERLOADED'), before + 1, `${what}: counted`)
+    for (const client of [modest, greedy]) client.close()
   }
 })
 

@@ -15,6 +15,7 @@ import { clientOf, type Peer } from '../../gateway/peer.ts'
 import { narrowCookie } from '../../gateway/response-headers.ts'
 import { StaticProvider } from '../../gateway/providers/static.ts'
 import { RouteTable } from '../../gateway/routes.ts'
+import { Standing } from '../../gateway/standing.ts'
 import { FailureThrottle } from '../../gateway/throttle.ts'
 import { Upstream, type Handler, type RelayOptions } from '../../gateway/upstream.ts'
 import { UpstreamGuard } from '../../gateway/upstream-guard.ts'
@@ -31,6 +32,10 @@ const problemsOf = (argv: string[], env: Record<string, string> = {}): string[] 
   }
 }
 const server = ['--provider', 'server', '--server-url', 'http://s:1', '--server-token', 't']
+
+t.test('a name that CGI would take for one of ours is ours, too', async (t) => {
+  for (const name of ['X_Forwarded_For', 'x_forwarded-proto', 'OpenSandbox_Secure_Access', 'Content_Length', 'Transfer_Encoding']) t.same(readRequestHead([name, '1', 'X_Own', '2'], true).out, ['X_Own', '2'], name)
+})
 
 t.test('configuration: flags in Go syntax, environment, file, every problem at once', async (t) => {
   const read = readGatewayConfig(['-port=1234', '--mode', 'wildcard', '--allow-loopback-upstreams', '--preserve-host=false', '--trusted-proxies', '10.0.0.0/8, ::1', '--namespace=x', ...server, '--log-level=debug', '--provider-type', 'batchsandbox', '--renew-intent-enabled', '--renew-intent-min-interval=60'], { SALLYPORT_GATEWAY_PORT: '9', SALLYPORT_GATEWAY_BASE_DOMAIN: 'gw.test' })
@@ -123,6 +128,7 @@ t.test('cookies reach no further than their host', async (t) => {
     ['domain=gw.test; Path=/', 'h', 'domain=gw.test; Path=/'],
     ['a=1;DOMAIN = x ;HttpOnly', 'h', 'a=1;HttpOnly'],
     ['a=1; Domain', 'h', 'a=1'],
+    ['a=1; Domain=h; Path=/; Domain=', '', 'a=1; Path=/'],
   ] as const) t.equal(narrowCookie(cookie, host), wanted, cookie)
 })
 
@@ -161,13 +167,17 @@ t.test('failed attempts are counted per client and minute', async (t) => {
 t.test('a client of many IPv6 addresses is one client', async (t) => {
   const throttle = new FailureThrottle(1)
   throttle.failed('2001:db8:0:7::1', 0)
-  for (const [client, blocked] of [['2001:db8:0:7:ffff::2', true], ['2001:db8::7:0:0:0:1', true], ['2001:db8:0:8::1', false], ['2001:DB8:0:0007:1::', true], ['2001:db8::', false], ['::1', false], ['10.0.0.1', false]] as const) t.equal(throttle.blocked(client, 1), blocked, client)
+  for (const [client, blocked] of [['2001:db8:0:7:ffff::2', true], ['2001:db8::7:0:0:0:1', true], ['2001:db8:0:8::1', false], ['2001:DB8:0:0007:1::', true], ['2001:db8::', false], ['::1', false], ['10.0.0.1', false], ['fe80::1%eth0', false]] as const) t.equal(throttle.blocked(client, 1), blocked, client)
+  throttle.failed('::ffff:10.0.0.7', 0)
+  for (const [client, blocked] of [['10.0.0.7', true], ['::ffff:a00:7', true], ['::ffff:10.0.0.8', false], ['10.0.0.8', false], ['::1', false]] as const) t.equal(throttle.blocked(client, 1), blocked, `IPv4 the IPv6 way is one client each: ${client}`)
+  throttle.failed('fe80::1%eth0', 0)
+  t.ok(throttle.blocked('fe80::2%eth0', 1), 'a neighbour on the link')
 })
 
 t.test('whom a chain of proxies speaks for', async (t) => {
   const trusted = new NetworkTable()
   for (const text of ['10.0.0.0/8', '::1']) trusted.add(readNetwork(text) as NonNullable<ReturnType<typeof readNetwork>>, 0)
-  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, open: [], unread: null })
+  const peer = (address: string): Peer => ({ address, trusted: trusted.find(address) !== undefined, localPort: '1', closing: false, ignored: 0, open: [], unread: null })
   for (const [address, forwardedFor, client, why] of [
     ['192.0.2.1', '6.6.6.6', '192.0.2.1', 'a stranger speaks for himself'],
     ['10.0.0.1', '', '10.0.0.1', 'a proxy that says nothing'],
@@ -176,6 +186,19 @@ t.test('whom a chain of proxies speaks for', async (t) => {
     ['10.0.0.1', '1.1.1.1, 6.6.6.6, 10.0.0.2', '6.6.6.6', 'what the client wrote before is a claim'],
     ['10.0.0.1', '10.0.0.3, 10.0.0.2', '10.0.0.3', 'nobody but proxies: the farthest'],
     ['::1', '2001:db8::6', '2001:db8::6', 'IPv6'],
+    ['10.0.0.1', '6.6.6.6:4711', '6.6.6.6', 'a port is no part of who it is'],
+    ['10.0.0.1', '6.6.6.6:4711, 10.0.0.2:80', '6.6.6.6', 'nor of a proxy'],
+    ['10.0.0.1', '[2001:DB8:0::6]:4711', '2001:db8::6', 'IPv6 with a port, in its one spelling'],
+    ['10.0.0.1', '[2001:db8::6]', '2001:db8::6', 'in brackets'],
+    ['10.0.0.1', '::ffff:6.6.6.6, [::ffff:10.0.0.2]:80', '6.6.6.6', 'IPv4 the IPv6 way'],
+    ['10.0.0.1', '::ffff:606:606', '6.6.6.6', 'also in hexadecimal'],
+    ['10.0.0.1', 'unknown', '10.0.0.1', 'no address: the peer'],
+    ['10.0.0.1', '6.6.6.6, unknown, 10.0.0.2', '10.0.0.2', 'no address: the last that is one, and nothing before it'],
+    ['10.0.0.1', '6.6.6.6, , 10.0.0.2', '10.0.0.2', 'an empty one'],
+    ['10.0.0.1', '[::12', '10.0.0.1', 'half an address'],
+    ['10.0.0.1', '6.6.6.6:4711x', '10.0.0.1', 'something behind it'],
+    ['10.0.0.1', '[2001:db8::6]x', '10.0.0.1', 'something behind it'],
+    ['10.0.0.1', '[6.6.6.6, 06.6.6.6, 6.6.6, 2001:db8::6:x, :4711, []', '10.0.0.1', 'whatever somebody makes up'],
   ] as const) t.equal(clientOf(peer(address), forwardedFor, trusted), client, why)
 })
 
@@ -253,7 +276,7 @@ t.test('a connection is free again after a request that undici refuses, and afte
   await using sandbox = await startHttp((request, response) => (request.url === '/breaks' ? request.socket.destroy() : response.end('ok')))
   const connections = new Set<unknown>()
   sandbox.server.on('request', (request) => connections.add(request.socket))
-  const options: RelayOptions = { connectTimeout: 5_000, firstByteTimeout: 0, idleTimeout: 0, bootGrace: 0, maxRequests: 8, preserveHost: false, lookup: new UpstreamGuard(true).lookup }
+  const options: RelayOptions = { connectTimeout: 5_000, firstByteTimeout: 0, idleTimeout: 0, bootGrace: 0, maxRequests: 8, preserveHost: false, lookup: new UpstreamGuard(true).lookup, standing: new Standing(() => 8) }
   const upstream = new Upstream('127.0.0.1', sandbox.port, options, 0)
   t.teardown(() => upstream.destroy(new Error('over')))
   const ask = (path: string, headers: string[] = []): Promise<string> =>

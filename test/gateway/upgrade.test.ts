@@ -6,7 +6,7 @@ import type { Socket } from 'node:net'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { WebSocket, WebSocketServer } from 'ws'
-import { bodyOf, entry, eventually, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
+import { ask, bodyOf, entry, eventually, RawClient, startGateway, startHttp, startRaw, statusOf } from './support.ts'
 
 const handshake = (target: string, ...more: string[]): string =>
   `GET ${target} HTTP/1.1\r\n${['Host: x', 'Connection: Upgrade', 'Upgrade: websocket', 'Sec-WebSocket-Version: 13', 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==', ...more].join('\r\n')}\r\n\r\n`
@@ -150,7 +150,8 @@ t.test('cookies and references in the answer to a handshake are treated as in an
     const { port } = upstream
     for (const [mode, text, wanted] of [
       ['wildcard', handshake('/').replace('Host: x', `Host: a-${port}.gw.test:${gateway.port}`), ['wide=1; Path=/', 'own=1; Path=/app', '/login']],
-      ['wildcard, a cookie for its own host', handshake('/').replace('Host: x', 'Host: gw.test').replace('\r\nHost', `\r\nOpenSandbox-Ingress-To: a-${port}\r\nHost`), ['wide=1; Domain=gw.test; Path=/', 'own=1; Path=/app', '/login']],
+      // The host of such a request is nobody's own: other sandboxes are named by header there, and have hosts below it.
+      ['header', handshake('/').replace('Host: x', 'Host: gw.test').replace('\r\nHost', `\r\nOpenSandbox-Ingress-To: a-${port}\r\nHost`), ['wide=1; Path=/', 'own=1; Path=/app', '/login']],
       ['uri', handshake(`/a/${port}/`), [`wide=1; Path=/a/${port}/`, `own=1; Path=/a/${port}/app`, `/a/${port}/login`]],
     ] as const) {
       const client = new RawClient(gateway.port)
@@ -159,6 +160,15 @@ t.test('cookies and references in the answer to a handshake are treated as in an
       t.same(values, wanted, `${mode}: ${head.slice(9, 12)}`)
       client.close()
     }
+  }
+})
+
+t.test('a refusal in a coding that is not undone here does not pass undeclared', async (t) => {
+  for (const [coding, status] of [['chunked', 403], ['gzip, chunked', 503]] as const) {
+    await using upstream = await startTunnel(`HTTP/1.1 403 No\r\nTransfer-Encoding: ${coding}\r\n\r\n5\r\nhello\r\n0\r\n\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
+    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+    const answer = await ask(gateway.port, handshake(`/a/${upstream.port}/`))
+    t.same([statusOf(answer), answer.includes('hello')], [status, status === 403], coding)
   }
 })
 
