@@ -28,6 +28,6 @@ async function depsWith(reply: Buffer): Promise<AnswerDeps> {
   const setting = { filter: true, ipv6: true, exemption: { match: 'meta mark 1', protocols: ['udp'] }, upstreams: [{ address: '198.51.100.53', port: 53 }], openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false } as const
   const now = (): number => performance.now()
   const mayOpen = createAddressJudge([])
-  const firewall = await createFirewall(rules, { nft: { apply: async () => '', list: async () => '', close: () => undefined }, setting, mayOpen, now, firstGeneration: 1, lost: ignore })
+  const firewall = await createFirewall(rules, { nft: { apply: async () => '', list: async () => '', close: () => undefined }, setting, mayOpen, now, firstGeneration: 1, lost: () => undefined })
   return { resolver: { ask: (_query, _end, _transport, done) => done(Buffer.from(reply)) }, firewall, mayOpen, now, report: () => undefined }
 }
