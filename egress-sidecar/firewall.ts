@@ -227,7 +227,14 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   /** The kernel may have a policy that its owner is told it has not. */
   async function enforceAgain(): Promise<void> {
     generation = nextGeneration(generation)
-    await nft.apply(policyStatements({ ...setting, rules, generation }), replaceTimeoutMs).catch((error: Error) => lose(error.message))
+    // With the bans of the change before it, which may not be lifted yet.
+    const shut = [...unwanted]
+    try {
+      for (let at = 0; at < shut.length; at += mostAtOnce) await nft.apply(banStatements(shut.slice(at, at + mostAtOnce)), replaceTimeoutMs)
+      await nft.apply(policyStatements({ ...setting, rules, generation }, shut), replaceTimeoutMs)
+    } catch (error) {
+      lose((error as Error).message)
+    }
   }
 
   async function confirmed(batches: readonly Batch[], judgedBy: Rules): Promise<Opened> {

@@ -32,6 +32,7 @@ function end(code: number): void {
   void sidecar.close().finally(() => process.exit(code))
 }
 function failed(reason: string): void {
+  if (ending) return
   log.event('fatal', 'egress.failed', reason)
   end(exitCodes.failed)
 }

@@ -35,10 +35,10 @@ export async function preparePolicyFile(path: string, policy: NetworkPolicy): Pr
   if (path === '') return { commit: async () => undefined, abandon: async () => undefined }
   const text = `${JSON.stringify({ egress: policy.egress, defaultAction: policy.defaultAction }, null, 2)}\n`
   const mode = await stat(path).then((found) => found.mode & 0o777, () => 0o600)
-  const inPlace = (): Promise<void> => writeWhole(path, text, mode, 'r+')
+  const inPlace = (): Promise<void> => rewrite(path, text)
   const temporary = `${path}.new`
   try {
-    await writeWhole(temporary, text, mode, 'w')
+    await writeNew(temporary, text, mode)
   } catch (error) {
     if ((error as NodeJS.ErrnoException).code !== 'EROFS') throw error
     await (await open(path, 'r+')).close()
@@ -57,13 +57,32 @@ export async function preparePolicyFile(path: string, policy: NetworkPolicy): Pr
   return { commit, abandon }
 }
 
-async function writeWhole(path: string, text: string, mode: number, flags: 'w' | 'r+'): Promise<void> {
-  const file = await open(path, flags, mode)
+async function writeNew(path: string, text: string, mode: number): Promise<void> {
+  const file = await open(path, 'w', mode)
   try {
     // Not by the umask's leave, and also where a crash has left the file behind.
     await file.chmod(mode)
     await file.writeFile(text)
-    await file.truncate(Buffer.byteLength(text))
+    await file.sync()
+  } finally {
+    await file.close()
+  }
+}
+
+/** The shorter one of old and new content is filled up with blanks first: whenever it is read, it is a document. @throws with the old content back, where there was no room */
+async function rewrite(path: string, text: string): Promise<void> {
+  const file = await open(path, 'r+')
+  try {
+    const old = await file.readFile()
+    const wanted = Buffer.from(text)
+    try {
+      await file.write(Buffer.concat([wanted, Buffer.alloc(Math.max(0, old.length - wanted.length), ' ')]), 0, undefined, 0)
+    } catch (error) {
+      await file.write(old, 0, undefined, 0)
+      await file.truncate(old.length)
+      throw error
+    }
+    await file.truncate(wanted.length)
     await file.sync()
   } finally {
     await file.close()

@@ -231,6 +231,31 @@ t.test('a policy that the kernel may have all the same is taken back', async (t)
   t.equal(firewall.rules, rules)
 })
 
+t.test('taken back with what the change before it shut, whose ban is not lifted yet', async (t) => {
+  const rules = allow('*.example', '*.other')
+  const { nft, firewall } = await setUp(rules)
+  await firewall.open('a.other', [], ['198.51.100.1'], 60, rules)
+  nft.hold()
+  const narrowed = firewall.replace(allow('*.example'))
+  for (const error of [undefined, new NftError('nft ended', 'unknown')]) {
+    await turn()
+    nft.confirm(error)
+  }
+  await narrowed
+  const widened = firewall.replace(allow('*.other'))
+  await turn()
+  nft.confirm(new NftError('nft ended', 'unknown'))
+  const before = nft.transactions.length
+  for (let i = 0; i < 4; i++) {
+    await turn()
+    nft.confirm()
+  }
+  await t.rejects(widened, /nft ended/)
+  const again = nft.transactions.slice(before).join('\n')
+  t.match(again, /add element inet opensandbox shut_v4 \{ 198\.51\.100\.1 \}[^]*ip daddr @shut_v4 goto denied/, 'it stays banned')
+  t.match(again, /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.1 \}/, 'until it is deleted')
+})
+
 t.test('where that fails, too, nobody can say what the kernel lets out', async (t) => {
   for (const [outcome, gone] of [['unknown', true], ['refused', false]] as const) {
     const { nft, firewall, lost } = await setUp(allow('*.example'))

@@ -38,6 +38,7 @@ for (const readOnly of [false, true]) {
     await (await preparePolicyFile(path, policy)).commit()
     t.same((await readPolicyFile(path)).policy, policy)
     t.equal(statSync(path).ino, ino, 'the same file')
+    t.match(readFileSync(path, 'utf8'), /\}\n$/, 'nothing of the old content behind it')
     t.same(readdirSync(folder), ['policy.json'], 'nothing beside it')
   })
 }
