@@ -28,7 +28,7 @@ export function edgeWith(sandboxes: readonly RouteEntry[], keys: AccessKeys = ne
   table.alive(Infinity)
   let requests = 0
   return {
-    table, keys: () => keys, locator: new Locator({ mode: 'header', baseDomain: '' }, table), guard: new UpstreamGuard(false), throttle: new FailureThrottle(30),
+    table, keys: () => keys, locator: new Locator({ mode: 'header', baseDomain: '' }, table), guard: new UpstreamGuard(false), throttle: new FailureThrottle(30), proofs: new FailureThrottle(30),
     metrics: new Metrics({ routes: () => table.size, tunnels: () => 0, connections: () => 0, active: () => 0 }), openRelay: () => null, relays: new InFlight(), tunnels: null as unknown as Tunnels,
     renewals: null, trustedProxies: new NetworkTable(), verified: new VerifiedMemory(), hideMissing: false, uriCookies: false,
     draining: () => false, overloaded: () => false, access: null, nextRequestId: () => `bench-${requests++}`,

@@ -11,6 +11,7 @@ import type { Edge } from './edge.ts'
 import { asksFromElsewhere, endOfTokenSegment, entryCookie, mayHoldToken, sameHostLocation, takeParameter, takeSegment } from './entry.ts'
 import { hasToken, type Located, type NotLocated } from './locate.ts'
 import { hostName } from './response-headers.ts'
+import type { FailureThrottle } from './throttle.ts'
 import type { Visit } from './visit.ts'
 
 /** Why a request goes nowhere. */
@@ -86,12 +87,12 @@ function checkStrong(edge: Edge, visit: Visit, { route, sandbox, by, prefix }: L
   const path = pathOf(visit.target)
   const method = visit.request.method as string
   const now = Date.now() / 1000
-  if (carried === 'cookie' && asksFromElsewhere(visit.request.headers, method, hostsOf(visit))) return { code: 'EDGE_UNAUTHORIZED', detail: 'access token in a cookie does not count for requests of another origin' }
+  if (carried === 'cookie' && asksFromElsewhere(visit.request.headers, method, hostsOf(visit), visit.ownHost !== '')) return { code: 'EDGE_UNAUTHORIZED', detail: 'access token in a cookie does not count for requests of another origin' }
   const keys = edge.keys()
   const answer = decideStrongAccess({ token, id: route.id, port: route.port, method, path, epoch: sandbox.entry.epoch ?? 0, keys, verified: edge.verified.under(keys), now })
   if (!answer.ok) return { code: answer.fault, detail: answer.detail }
   // A browser goes on without the token in its address bar, history and Referer; others have what they asked for.
-  const browses = carried === 'query' && visit.response !== null && (method === 'GET' || method === 'HEAD')
+  const browses = carried === 'query' && visit.response !== null && (method === 'GET' || method === 'HEAD') && !asksFromElsewhere(visit.request.headers, method, hostsOf(visit), visit.ownHost !== '')
   if (browses && (by === 'host' || (by === 'path' && edge.uriCookies))) {
     const outer = visit.head.forwardedPrefix
     visit.redirect = sameHostLocation(outer + prefix + visit.target)
@@ -123,7 +124,7 @@ function checkAccess(edge: Edge, visit: Visit, located: Located, carried: Carrie
   const denied = strong ? checkStrong(edge, visit, located, carried) : checkShort(edge, route, token, header)
   if (denied === null) return null
   if (edge.hideMissing) return refuseHidden(edge, visit, route, now)
-  return denied.code === 'EDGE_UNAUTHORIZED' && isAttempt(visit, located, strong ? carried : null) ? countAttempt(edge, visit, denied, now) : denied
+  return denied.code === 'EDGE_UNAUTHORIZED' && isAttempt(visit, located, strong ? carried : null) ? countAttempt(guessable ? edge.throttle : edge.proofs, visit, denied, now) : denied
 }
 
 /**
@@ -141,9 +142,9 @@ function isAttempt({ head, request, target }: Visit, { route, sandbox }: Located
 }
 
 /** @returns `denied`, or that there were too many before */
-function countAttempt(edge: Edge, visit: Visit, denied: Refused, now: number): Refused {
-  if (edge.throttle.blocked(visit.client, now)) return tooMany
-  edge.throttle.failed(visit.client, now)
+function countAttempt(throttle: FailureThrottle, visit: Visit, denied: Refused, now: number): Refused {
+  if (throttle.blocked(visit.client, now)) return tooMany
+  throttle.failed(visit.client, now)
   return denied
 }
 
@@ -159,7 +160,7 @@ function refuseHidden(edge: Edge, visit: Visit, route: Route, now: number): Refu
   const { head, request } = visit
   // By the request alone: of a sandbox that is not there nothing is known that a token could be too old for.
   const shown = head.secureAccess !== undefined || head.access !== undefined || route.signature !== undefined || mayHoldToken(request.url as string)
-  return shown ? countAttempt(edge, visit, denied, now) : denied
+  return shown ? countAttempt(edge.throttle, visit, denied, now) : denied
 }
 
 function notLocated(edge: Edge, visit: Visit, located: NotLocated): Refused {

@@ -15,7 +15,10 @@ export type Edge = {
   readonly table: RouteTable
   readonly locator: Locator
   readonly guard: UpstreamGuard
+  /** Of what can be guessed: a client that guesses is not even asked. */
   readonly throttle: FailureThrottle
+  /** Of all other refused proofs, which lock nobody out. */
+  readonly proofs: FailureThrottle
   readonly metrics: Metrics
   readonly openRelay: OpenRelay
   readonly relays: InFlight<Relay>

@@ -96,19 +96,24 @@ export function entryCookie(token: string, prefix: string, secure: boolean, now:
 
 /**
  * Does a page of another origin ask? A cookie comes along unasked, also when the page of a neighbouring sandbox asks: for SameSite the two are one
- * site, unless their domain is on the Public Suffix List. No page can change what its browser says of it: Sec-Fetch-Site, and Origin where that is
- * missing, as in Chrome's handshakes. Sec-Fetch-Site comes first, because a form on a page with `Referrer-Policy: no-referrer` is sent with
- * `Origin: null` to its own host, too. Who follows a link only reads, and the page with the link sees nothing of it.
+ * site, unless their domain is on the Public Suffix List. No page can change what its browser says of it: Origin, where it names one, and
+ * Sec-Fetch-Site, which Chrome's handshakes lack. `Origin: null` says nothing: a form on a page with `Referrer-Policy: no-referrer` is sent with it to
+ * its own host, too. Who follows a link only reads, and the page with the link sees nothing of it.
  * @param hosts what this host is called, with its port; the scheme is not compared, since TLS may end before us
+ * @param byHost the host names a sandbox and a port: its other ports are the same sandbox
  */
-export function asksFromElsewhere(headers: IncomingHttpHeaders, method: string, hosts: readonly string[]): boolean {
+export function asksFromElsewhere(headers: IncomingHttpHeaders, method: string, hosts: readonly string[], byHost: boolean): boolean {
   const { origin, 'sec-fetch-site': site, 'sec-fetch-mode': mode } = headers
+  const plain = (authority: string): string => (byHost ? plainAuthority(authority).replace(portInLabel, '-*') : plainAuthority(authority))
+  const authority = /^[a-z][a-z0-9+.-]*:\/\/(.+)$/i.exec(origin ?? '')?.[1]
+  if (authority !== undefined && hosts.some((host) => plain(host) === plain(authority))) return false
   if (site === 'same-origin' || site === 'none') return false
   if (site !== undefined) return mode !== 'navigate' || (method !== 'GET' && method !== 'HEAD')
-  if (origin === undefined) return false
-  const authority = /^[a-z][a-z0-9+.-]*:\/\/(.+)$/i.exec(origin)?.[1]
-  return authority === undefined || !hosts.some((host) => plainAuthority(host) === plainAuthority(authority))
+  return origin !== undefined
 }
+
+/** The port of `<id>-<port>.example.com`. */
+const portInLabel = /(?<=^[^.]*)-\d{1,5}(?=\.)/
 
 /** Lower-case, and without a port that browsers leave out. */
 function plainAuthority(authority: string): string {

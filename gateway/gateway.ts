@@ -90,6 +90,7 @@ export function createGateway(config: GatewayConfig, deps: Deps): Gateway {
     locator: new Locator({ mode: config.mode, baseDomain: normaliseName(config.baseDomain) ?? config.baseDomain }, table),
     guard,
     throttle: new FailureThrottle(config.authFailuresPerMinute),
+    proofs: new FailureThrottle(config.authFailuresPerMinute),
     metrics,
     openRelay: httpRelays(table, relayOptions, (visit, fault) => refuse(visit, fault.code, fault.detail, draining), relays, () => draining),
     relays,

@@ -31,15 +31,22 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
     visit.peer.closing = true
     response.shouldKeepAlive = false
   }
+  // What has to wait is not asked for its right to come in before its turn.
+  const ahead = waitsFor(visit.peer)
+  if (ahead === null) answerInTurn(edge, visit, answer)
+  else ahead.once('close', () => visit.socket.writable && answerInTurn(edge, visit, answer))
+}
 
+function answerInTurn(edge: Edge, visit: Visit, answer: Answer): void {
   // 2. What needs no sandbox.
+  const url = visit.request.url as string
   if (lacksHost(visit)) return refuse(visit, 'EDGE_BAD_REQUEST', 'missing Host', edge.draining())
-  if (answersItself(visit, request.url as string)) return
+  if (answersItself(visit, url)) return
 
   // 3. Find the sandbox, and ask whether this client may reach it.
   const refused = admit(edge, visit)
   if (refused !== null) {
-    if (refused.code === 'EDGE_BAD_ROUTE' && asksReadiness(request.url as string)) return answerReadiness(edge, visit)
+    if (refused.code === 'EDGE_BAD_ROUTE' && asksReadiness(url)) return answerReadiness(edge, visit)
     return refuse(visit, refused.code, refused.detail, edge.draining())
   }
 
@@ -52,9 +59,7 @@ export function handle(edge: Edge, request: IncomingMessage, response: ServerRes
   const relay = edge.openRelay(visit, sandbox)
   if (relay === null) return refuse(visit, 'EDGE_OVERLOADED', 'too many requests at once for this port', edge.draining())
   answer[relayKey] = relay
-  const ahead = waitsFor(visit.peer)
-  if (ahead === null) relay.send()
-  else ahead.once('close', () => visit.socket.writable && relay.send())
+  relay.send()
 }
 
 /**

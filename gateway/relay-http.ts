@@ -24,7 +24,6 @@ export function httpRelays(table: RouteTable, options: RelayOptions, refuse: Ref
   }
 }
 
-/** Methods whose requests may be sent twice without harm. RFC 9110 §9.2.1. */
 /** Methods that undici announces a body for; without one they say so themselves. */
 const bodyMethods = new Set(['POST', 'PUT', 'PATCH'])
 
@@ -33,8 +32,7 @@ class HttpRelay implements Relay, Handler, Exchange {
   place = 0
   wire: Wire | null = null
   reset = false
-  /** Of a request that waits to be sent, no time runs. */
-  lastByteAt = Infinity
+  lastByteAt: number
   readonly #visit: Visit
   readonly #upstream: Upstream
   readonly #options: RelayOptions
@@ -62,13 +60,12 @@ class HttpRelay implements Relay, Handler, Exchange {
     this.#refuse = refuse
     this.#active = active
     this.draining = draining
+    this.lastByteAt = visit.locatedAt
     upstream.active++
     active.add(this)
   }
 
   send(): void {
-    if (this.#over) return
-    this.lastByteAt = performance.now()
     const { request, head } = this.#visit
     const method = request.method as string
     const headers = head.out

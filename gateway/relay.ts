@@ -10,7 +10,7 @@ import type { Visit } from './visit.ts'
 
 /** One HTTP exchange on its way to a sandbox and back. */
 export interface Relay extends Placed {
-  /** Sends the request, unless it is over already. The visit's head holds only what the sandbox may see. */
+  /** Sends the request. The visit's head holds only what the sandbox may see. */
   send(): void
   /** The client is gone, or its response is complete. */
   clientClosed(): void

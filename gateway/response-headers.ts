@@ -33,7 +33,8 @@ export function responseFields(fields: ResponseFields, rewrite: ((name: string, 
  */
 export function checkTransferCoding(fields: ResponseFields): void {
   const coding = fields['transfer-encoding']
-  if (coding !== undefined && String(coding).toLowerCase() !== 'chunked') throw new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox sent a body in a transfer coding other than chunked')
+  // Said twice by some, and meant once.
+  if (coding !== undefined && !String(coding).split(',').every((one) => one.trim().toLowerCase() === 'chunked')) throw new Fault('EDGE_UPSTREAM_BROKEN', 'the sandbox sent a body in a transfer coding other than chunked')
 }
 
 function rewriteField(name: string, value: string, rewrite: ((name: string, value: string) => string) | null, ownHost: string): string {

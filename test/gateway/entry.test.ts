@@ -29,7 +29,7 @@ t.test('which requests a browser makes for a page of another origin', async (t) 
     [{ origin: 'https://a-80.outer.test' }, 'POST', true, 'another port there'],
     [{ origin: 'https://a-80.gw.test:8443' }, 'POST', true, 'another port'],
     [{ origin: 'https://b-80.gw.test' }, 'GET', true, 'a neighbour'],
-    [{ origin: 'https://a-81.gw.test' }, 'GET', true, 'another port of the same sandbox is a neighbour, too'],
+    [{ origin: 'https://a-81.gw.test' }, 'GET', true, 'another port, where the host does not name the sandbox'],
     [{ origin: 'https://a-80.gw.test.evil.test' }, 'GET', true, 'a name that begins alike'],
     [{ origin: 'https://x.a-80.gw.test' }, 'GET', true, 'a name that ends alike'],
     [{ origin: 'null' }, 'POST', true, 'nobody says who'],
@@ -42,12 +42,13 @@ t.test('which requests a browser makes for a page of another origin', async (t) 
     [site('same-site', 'navigate'), 'GET', false, 'a link on a page of a neighbour'],
     [site('cross-site', 'navigate'), 'HEAD', false, 'a link'],
     [site('same-site', 'navigate'), 'POST', true, 'a form'],
-    [{ origin: 'https://a-80.gw.test', ...site('cross-site', 'cors') }, 'GET', true, 'a page that was sent here by another'],
+    [{ origin: 'https://a-80.gw.test', ...site('cross-site', 'cors') }, 'GET', false, 'its own page, whatever came in between'],
     ...['cors', 'no-cors', 'websocket', 'same-origin'].map((mode): [Record<string, string>, string, boolean, string] => [site('same-site', mode), 'GET', true, mode]),
     [{ 'sec-fetch-site': 'cross-site' }, 'GET', true, 'no mode'],
     [site('same-origin, cross-site', 'cors'), 'GET', true, 'two of them'],
   ]
-  for (const [headers, method, elsewhere, why] of rows) t.equal(asksFromElsewhere(headers, method, hosts), elsewhere, `${method} ${JSON.stringify(headers)}: ${why}`)
-  t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', ['a-80.gw.test:443']), false, 'a proxy may say the port that browsers leave out')
-  t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', []), true, 'nobody knows the own name')
+  for (const [headers, method, elsewhere, why] of rows) t.equal(asksFromElsewhere(headers, method, hosts, false), elsewhere, `${method} ${JSON.stringify(headers)}: ${why}`)
+  t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', ['a-80.gw.test:443'], false), false, 'a proxy may say the port that browsers leave out')
+  for (const [origin, elsewhere] of [['a-80', false], ['a-3000', false], ['b-80', true], ['a', true], ['a-80-81', true], ['aa-80', true], ['x.a-80', true]] as const) t.equal(asksFromElsewhere({ origin: `https://${origin}.gw.test`, ...site('same-site', 'cors') }, 'POST', hosts, true), elsewhere, `${origin}, where the host names sandbox and port`)
+  t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', [], false), true, 'nobody knows the own name')
 })

@@ -421,6 +421,7 @@ t.test('a body in a coding that is not undone here is refused, and never passes 
   const rows: [coding: string, status: number][] = [
     ['Transfer-Encoding: chunked', 200],
     ['Transfer-Encoding: CHUNKED', 200],
+    ['Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked', 200],
     ['Transfer-Encoding: gzip, chunked', 502],
     ['Transfer-Encoding: gzip', 502],
     ['Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked', 502],

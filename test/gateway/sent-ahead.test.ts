@@ -1,7 +1,7 @@
 /** Requests that a client sends before it has the answers to those ahead of them (RFC 9112 §9.3.2). */
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
-import { eventually, RawClient, startGateway, startRaw, type TestServer } from './support.ts'
+import { ask, entry, eventually, RawClient, startGateway, startRaw, statusOf, type TestServer } from './support.ts'
 
 /** Notes when each request comes, and when it has answered it 60 ms later. */
 function startSandbox(events: string[]): Promise<TestServer> {
@@ -83,4 +83,29 @@ t.test('one that waits for its turn costs no time of its own, and is never begun
     }
     client.close()
   }
+})
+
+t.test('one that waits has no right to come in yet, and takes nobody a place', async (t) => {
+  const paths: string[] = []
+  let endStream: () => void = () => undefined
+  await using sandbox = await startRaw((socket) => {
+    socket.on('end', () => socket.end())
+    socket.on('data', (chunk: Buffer) => {
+      const text = chunk.toString('latin1')
+      paths.push(text.slice(0, text.indexOf(' HTTP')))
+      if (!text.includes('/slow')) return void socket.write('HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok')
+      socket.write('HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n')
+      endStream = () => void socket.end('0\r\n\r\n')
+    })
+  })
+  await using gateway = await startGateway([{ id: 'a', secureAccessToken: 'old' }], { mode: 'uri', maxRequestsPerPort: 2 })
+  const request = (line: string, token: string): string => `${line.replace(' ', ` /a/${sandbox.port}`)} HTTP/1.1\r\nHost: x\r\nOpenSandbox-Secure-Access: ${token}\r\n\r\n`
+  const client = new RawClient(gateway.port).send(request('GET /slow', 'old') + request('DELETE /1', 'old') + request('DELETE /2', 'old'))
+  await client.until((c) => c.received.includes('event-stream'))
+  t.equal(statusOf(await ask(gateway.port, request('GET /other', 'old').replace('\r\n\r\n', '\r\nConnection: close\r\n\r\n'))), 200, 'the port has room for somebody else')
+  gateway.gateway.table.put(entry({ id: 'a', secureAccessToken: 'new' }))
+  endStream()
+  await client.until((c) => c.received.split('HTTP/1.1 401').length === 3)
+  t.same(paths, ['GET /slow', 'GET /other'], 'who lost his right meanwhile reaches nothing')
+  client.close()
 })
