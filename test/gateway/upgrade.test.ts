@@ -314,41 +314,6 @@ t.test('a refused upgrade leaves no connection behind, even when the client stay
   for (const client of clients) client.close()
 })
 
-t.test('caps per client and per sandbox', async (t) => {
-  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
-  for (const option of ['maxUpgradesPerClient', 'maxUpgradesPerSandbox'] as const) {
-    await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', [option]: 2 })
-    const clients = [1, 2, 3].map(() => new RawClient(gateway.port))
-    for (const client of clients) {
-      client.send(handshake(`/a/${upstream.port}/`))
-      await client.until((c) => c.received.includes('\r\n\r\n'))
-    }
-    t.same(clients.map((client) => statusOf(client.received)), [101, 101, 503], option)
-    clients[0]?.close()
-    await eventually(() => gateway.lines.length === 2, 'a place is free again')
-    const again = new RawClient(gateway.port)
-    await again.send(handshake(`/a/${upstream.port}/`)).until((c) => c.received.includes('\r\n\r\n'))
-    t.equal(statusOf(again.received), 101, `${option}: freed`)
-    for (const client of [...clients, again]) client.close()
-  }
-})
-
-t.test('what one sandbox or client fills up is open to the next', async (t) => {
-  await using upstream = await startTunnel(`${switching}\r\n`, (socket) => void socket.resume().on('end', () => socket.end()))
-  for (const [option, id, from] of [['maxUpgradesPerSandbox', 'b', '6.6.6.1'], ['maxUpgradesPerClient', 'a', '6.6.6.2']] as const) {
-    await using gateway = await startGateway([{ id: 'a' }, { id: 'b' }], { mode: 'uri', trustedProxies: ['127.0.0.0/8'], [option]: 1 })
-    const open = async (id: string, from: string): Promise<RawClient> => {
-      const client = new RawClient(gateway.port)
-      await client.send(handshake(`/${id}/${upstream.port}/`, `X-Forwarded-For: ${from}`)).until((c) => c.received.includes('\r\n\r\n'))
-      return client
-    }
-    const clients = [await open('a', '6.6.6.1'), await open('a', '6.6.6.1'), await open(id, from)]
-    t.same(clients.map((client) => statusOf(client.received)), [101, 503, 101], option)
-    t.match(clients[1]?.received, /\r\nretry-after: \d+\r\n/i)
-    for (const client of clients) client.close()
-  }
-})
-
 t.test('a quiet WebSocket outlives the idle timeout', async (t) => {
   await using upstream = await startEcho()
   await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', idleTimeout: 300 })
