@@ -69,7 +69,7 @@ async function writeNew(path: string, text: string, mode: number): Promise<void>
   }
 }
 
-/** The shorter one of old and new content is filled up with blanks first: whenever it is read, it is a document. @throws with the old content back, where there was no room */
+/** A new content that is shorter than the old is filled up with blanks first: cut off or not, it is a document. Where there is no room, the old one is written back. */
 async function rewrite(path: string, text: string): Promise<void> {
   const file = await open(path, 'r+')
   try {
