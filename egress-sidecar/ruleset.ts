@@ -258,12 +258,15 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
   // A resolver on another port than 53 is not redirected: an allowed name that leads to its address must not open it.
   const upstreamsClosed = upstreams.filter((u) => u.port !== 53).map((u) => `${familyOf(u.address).ip} daddr ${u.address} meta l4proto { tcp, udp } th dport ${u.port} goto denied`)
   const mark = `0x${generation.toString(16)}`
+  const renew = (f: Family): string => `${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s }`
   const list: string[] = [
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
     repliesToOutside,
     notDockerResolver,
     `${foreignSource} goto denied`,
     'oif "lo" accept',
+    // A connection with this policy's mark went all the way down once, and with the same addresses and ports it would again.
+    ...families.map((f) => `ct mark ${mark} ${renew(f)} accept`),
     // A redirected question still has its first route's interface here, but our address.
     `ip daddr 127.0.0.1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`,
   ]
@@ -279,14 +282,14 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
   list.push('th dport 853 meta l4proto { tcp, udp } goto denied')
   if (doh.everywhere) list.push('th dport 443 meta l4proto { tcp, udp } goto denied')
   else if (doh.addresses.length > 0) for (const f of families) list.push(`th dport 443 meta l4proto { tcp, udp } ${f.ip} daddr . meta l4proto @doh_block_v${f.n} goto denied`)
-  // Every packet is judged, not only a connection's first: a new deny cuts live connections. Hence no look into sets that are empty.
+  // A new policy judges connections that are open already, too: a new deny cuts them. Hence no look into sets that are empty.
   for (const f of families) {
     const denied = rules[`deny${f.n}`]
     if (denied.some((text) => !text.includes('/'))) list.push(`${f.ip} daddr @deny_v${f.n} goto denied`)
     if (denied.some((text) => text.includes('/'))) list.push(`${f.ip} daddr . meta l4proto @deny_net_v${f.n} goto denied`)
   }
   for (const f of families) if (shut.some((address) => familyOf(address) === f)) list.push(`${f.ip} daddr @shut_v${f.n} goto denied`)
-  for (const f of families) list.push(`${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s } ct mark set ${mark} accept`)
+  for (const f of families) list.push(`${renew(f)} ct mark set ${mark} accept`)
   for (const f of families) list.push(`${f.ip} daddr @allow_v${f.n} accept`, `${f.ip} daddr . meta l4proto @allow_net_v${f.n} accept`)
   // A connection that was silent for longer than its address's lease may go on; a new handshake on the same ports may not.
   list.push(`ct mark ${mark} ct state established meta l4proto tcp tcp flags & (fin | syn | rst | ack) != syn accept`)
