@@ -1,6 +1,7 @@
 /**
  * One program and everything it imports as one JavaScript module, for an image. Types are gone: a file that keeps its `.ts` name would be
- * stripped again at every start (23 MB and 115 ms measured).
+ * stripped again at every start (23 MB and 115 ms measured). What nobody uses of a package is left out, unless it comes as one default export:
+ * hence `import * as Type`, for half a megabyte less of every process.
  */
 import { isBuiltin } from 'node:module'
 import { build, type Plugin } from 'esbuild'

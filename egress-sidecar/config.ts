@@ -1,6 +1,7 @@
 /** The sidecar's configuration: environment variables, named as the original names them, to one checked value. */
 import { readFileSync } from 'node:fs'
-import Type, { type Static } from 'typebox'
+import * as Type from 'typebox'
+import type { Static } from 'typebox'
 import { canonicalAddress, readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'

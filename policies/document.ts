@@ -1,5 +1,5 @@
 /** The networkPolicy document: what may stand in a create request, in `OPENSANDBOX_EGRESS_RULES` and in a body of the policy API. */
-import Type from 'typebox'
+import * as Type from 'typebox'
 import { schemaProblems } from './config.ts'
 import { parseTarget } from './host.ts'
 import type { Problem } from './problem.ts'

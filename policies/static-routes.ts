@@ -1,5 +1,5 @@
 /** The routes file of a gateway without a lifecycle server: `{"sandboxes":[{"id","host","state"?,"secureAccessToken"?}]}`. */
-import Type from 'typebox'
+import * as Type from 'typebox'
 import { Compile } from 'typebox/compile'
 import { canonicalAddress } from './address.ts'
 import { schemaProblems } from './config.ts'

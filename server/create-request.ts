@@ -3,7 +3,8 @@
  * All problems are reported together, each with the path of the field. The input itself is never echoed: it holds
  * registry passwords. Pure.
  */
-import Type, { type Static } from 'typebox'
+import * as Type from 'typebox'
+import type { Static } from 'typebox'
 import { schemaProblems } from '#policies/config.ts'
 import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
 import { formatProblems, type Problem } from '#policies/problem.ts'

@@ -1,6 +1,6 @@
 /** What gateways ask of the server, under the route token: where sandboxes are, and who of them has been used. */
 import type { FastifyInstance, FastifyRequest } from 'fastify'
-import Type from 'typebox'
+import * as Type from 'typebox'
 import { equalSecret } from '#policies/access.ts'
 import { schemaProblems } from '#policies/config.ts'
 import { mostRenewals, renewalsPath, renewalStaleSeconds, routeStreamPath, type Renewals } from '#policies/wire.ts'

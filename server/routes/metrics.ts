@@ -1,6 +1,7 @@
 /** What SDKs tell of their own calls: written to the log, and nothing more is made of it. */
 import type { FastifyInstance } from 'fastify'
-import Type, { type Static } from 'typebox'
+import * as Type from 'typebox'
+import type { Static } from 'typebox'
 import { schemaProblems } from '#policies/config.ts'
 import { invalid } from '../create-request.ts'
 import type { ServerDeps } from '../server.ts'

@@ -1,6 +1,6 @@
 /** Create, read, list, end, pause, resume, renew and relabel sandboxes. */
 import type { FastifyInstance } from 'fastify'
-import Type from 'typebox'
+import * as Type from 'typebox'
 import { schemaProblems } from '#policies/config.ts'
 import { ApiError, tooMany } from '../api-error.ts'
 import { invalid, readCreateRequest } from '../create-request.ts'
