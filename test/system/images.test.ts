@@ -49,6 +49,15 @@ t.test('sidecar: node is process 1, nft and iptables work with NET_ADMIN alone, 
   t.strictSame(found, { node: process.version, tables: ['table inet trial', 'table ip raw'], shells: [] })
 })
 
+t.test('sidecar: the compiled code of the image is the one that its own start takes', async (t) => {
+  const { Config } = await docker.getImage('sallyport/egress:local').inspect()
+  const said = await look('sallyport/egress:local', `
+    const { spawnSync } = require('node:child_process'), [file, ...args] = ${JSON.stringify(Config.Entrypoint)}
+    const { stderr } = spawnSync(file, args, { env: { ...process.env, NODE_DEBUG_NATIVE: 'COMPILE_CACHE', OPENSANDBOX_EGRESS_MODE: 'none' }, encoding: 'utf8' })
+    console.log(JSON.stringify(stderr.split('\\n')))`)
+  t.ok((said as string[]).some((line) => /V8 code cache for ESM file:\/\/\/opt\/sallyport\/egress\.mjs was accepted/.test(line)), 'accepted', { said })
+})
+
 t.test('sandbox: sh, python3, curl with certificates, node, the application', async (t) => {
   const found = await look('sallyport/sandbox:local', `
     const { execFileSync } = require('node:child_process'), { existsSync, readFileSync } = require('node:fs')
