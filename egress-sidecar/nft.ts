@@ -1,6 +1,6 @@
 /**
  * The only file that starts programs: one long-lived `nft -i` for every change of the firewall, and iptables for the one match
- * that nft lacks. `nft -i` runs one transaction per line; a command that prints an empty chain marks its end.
+ * that nft lacks. `nft -i` runs one transaction per line; a command that asks the kernel nothing and prints one line marks its end.
  */
 import { execa } from 'execa'
 
@@ -28,11 +28,14 @@ const defaultTimeoutMs = 5000
 const listTimeoutMs = 30_000
 /** nft keeps every line it ever read as history: 8 MB after 20,000. A fresh process costs 5 ms. */
 const linesPerProcess = 2000
-// In a table of its own: to list a chain, nft reads all elements of its table's sets back (12 ms with 4,096).
-const marker = 'list chain inet sallyport_marker end'
-const makeMarker = 'add table inet sallyport_marker; add chain inet sallyport_marker end'
-/** What the marker prints. No other command of ours prints it. */
-const markerText = 'table inet sallyport_marker {\n\tchain end {\n\t}\n}\n'
+/** It also keeps the memory that its largest transaction or listing took: half a megabyte for any policy, 7 for one of 4,096 rules. */
+const largeText = 2000
+/** After a large one, before a fresh process takes over: whoever waits for the policy must not wait for this. */
+const renewAfterMs = 1000
+// Of all that prints something, the one that makes nft read nothing back: each table that it knows takes half a megabyte.
+const marker = 'describe ip saddr'
+/** How the marker's line begins. No other command of ours prints one like it. */
+const markerText = 'payload expression, '
 const maxErrorText = 2000
 
 // HOME: nft would leave a history file there.
@@ -46,6 +49,7 @@ class NftProcess {
   #out = ''
   #errors = ''
   lines = 0
+  large = false
   broken = false
 
   // No cleanup at our exit: nft ends with its standard input, and execa's would end us on SIGTERM before the rules are in order.
@@ -54,12 +58,12 @@ class NftProcess {
     this.#child.stdout.setEncoding('utf8').on('data', (text: string) => this.#read(text))
     this.#child.stderr.setEncoding('utf8').on('data', (text: string) => { this.#errors = (this.#errors + text).slice(0, maxErrorText) })
     this.#child.stdin.on('error', () => this.#end('nft does not read its commands'))
-    this.#child.stdin.write(`${makeMarker}\n`)
     void this.#child.then((result) => this.#end(result.code === 'ENOENT' ? 'nft is not installed' : `nft ended: ${result.shortMessage ?? ''}`))
   }
 
   run(line: string, timeoutMs: number): Promise<string> {
     this.lines++
+    this.large ||= line.length > largeText
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
         this.#end(`nft did not confirm within ${timeoutMs} ms`)
@@ -78,13 +82,15 @@ class NftProcess {
   // An error is written before the marker of its command, but through another pipe: wait until this turn of the event loop has read both.
   #read(text: string): void {
     this.#out += text
-    if (this.#out.endsWith(markerText)) setImmediate(() => this.#settle())
+    if (markerAt(this.#out) !== -1) setImmediate(() => this.#settle())
   }
 
   #settle(): void {
     const done = this.#waiting[0]
-    if (done === undefined || !this.#out.endsWith(markerText)) return
-    const printed = this.#out.slice(0, -markerText.length)
+    const end = markerAt(this.#out)
+    if (done === undefined || end === -1) return
+    const printed = this.#out.slice(0, end)
+    this.large ||= printed.length > largeText
     const errors = this.#errors
     this.#out = this.#errors = ''
     this.#waiting.shift()
@@ -103,29 +109,53 @@ class NftProcess {
   }
 }
 
+/** Where the marker begins, as the last whole line; -1 when it has not come. */
+function markerAt(printed: string): number {
+  if (!printed.endsWith('\n')) return -1
+  const lastLine = printed.lastIndexOf('\n', printed.length - 2) + 1
+  return printed.startsWith(markerText, lastLine) ? lastLine : -1
+}
+
 /** Transactions run one after the other; the caller decides what to put together into one. */
 export function createNft(): Nft {
   let process = new NftProcess()
   let last: Promise<unknown> = Promise.resolve()
+  let renewing: NodeJS.Timeout | null = null
 
+  const inTurn = <T>(work: () => T | Promise<T>): Promise<T> => {
+    const result = last.then(work)
+    last = result.catch(() => undefined)
+    return result
+  }
+  const renew = (): void => {
+    renewing = null
+    void inTurn(() => {
+      if (process.broken) return
+      process.stop()
+      process = new NftProcess()
+    })
+  }
   const runNext = (statements: readonly string[], timeoutMs: number): Promise<string> => {
     if (process.lines >= linesPerProcess) process.stop()
     if (process.broken) process = new NftProcess()
-    return process.run(statements.join('; '), timeoutMs)
+    const result = process.run(statements.join('; '), timeoutMs)
+    if (process.large) renewing ??= setTimeout(renew, renewAfterMs).unref()
+    return result
   }
   return {
     apply(statements, timeoutMs = defaultTimeoutMs) {
       for (const statement of statements) if (statement.includes('\n')) throw new NftError('a statement must be one line')
-      const result = last.then(() => runNext(statements, timeoutMs))
-      last = result.catch(() => undefined)
-      return result
+      return inTurn(() => runNext(statements, timeoutMs))
     },
     async list(set) {
       const result = await execa('nft', ['list', 'set', ...set.split(' ')], { reject: false, env: environment, extendEnv: false, timeout: listTimeoutMs, stdin: 'ignore', cleanup: false })
       if (result.failed) throw new NftError(`nft list set ${set}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
       return result.stdout
     },
-    close: () => process.stop(),
+    close() {
+      if (renewing !== null) clearTimeout(renewing)
+      process.stop()
+    },
   }
 }
 
