@@ -1,6 +1,6 @@
 /**
  * The sidecar is killed with -9 at random points: while it starts, while its sandbox asks and connects as fast as it can, while its policy
- * changes. Several sandboxes at once. What counts is what arrived outside, and what is left of the group. `SEED=<n>` repeats a run.
+ * changes. One sandbox after the other, then several at once. What counts is what arrived outside, and what is left of the group. `SEED=<n>` repeats a run.
  */
 import { readFileSync } from 'node:fs'
 import { createInterface } from 'node:readline'
@@ -25,11 +25,11 @@ t.setTimeout(sized(235_000, 1_800_000))
 
 const denied = '198.51.100.31'
 const zones = { '*.allowed.example': { a: ['198.51.100.32'] }, '*.leak.example': { a: ['198.51.100.33'] } }
-/** So many sandboxes at a time. */
-const lanes = 4
-/** Seconds after which a group must be gone on an idle machine; this one has other work, so most of them must be, and each within the patience. */
+/** Seconds after which a group must be gone. */
 const promised = 2
-const most = sized(0.5, 0.9)
+/** So many sandboxes at a time, and how many of them keep the promise: storms that compete for two processors may make some of them late. */
+const crowds = [{ lanes: 1, share: 0.5, most: 1 }, { lanes: 4, share: 0.5, most: sized(0.5, 0.9) }] as const
+/** Seconds within which the latest is gone. */
 const patience = 20
 
 /** Within so many ms behind the start of the sidecar, the first packet outside, the first of many changes of the policy. */
@@ -40,7 +40,8 @@ type Sidecar = { readonly sandbox: string; readonly group: string; readonly pid:
 
 t.test('killed at random points', async (t) => {
   const random = randomOf(t)
-  const kills = Array.from({ length: sized(20, 200) }, (_, number): Kill => {
+  const count = sized(20, 200)
+  const kills = Array.from({ length: count }, (_, number): Kill => {
     const point = (Object.keys(points) as Point[])[number % 3]!
     return { number, point, after: random.between(0, points[point]) }
   })
@@ -49,22 +50,25 @@ t.test('killed at random points', async (t) => {
   await stormIsReal(t, internet, stack)
   await using starts = await watchStarts(stack)
 
-  const times: number[] = []
-  const waiting = [...kills]
-  await Promise.all(Array.from({ length: lanes }, async () => {
-    for (let kill = waiting.shift(); kill !== undefined; kill = waiting.shift()) times.push(await killOne(t, { internet, stack, starts }, kill))
-  }))
+  for (const { lanes, share, most } of crowds) {
+    const waiting = kills.splice(0, Math.round(count * share))
+    const wanted = waiting.length
+    const times: number[] = []
+    await Promise.all(Array.from({ length: lanes }, async () => {
+      for (let kill = waiting.shift(); kill !== undefined; kill = waiting.shift()) times.push(await killOne(t, { internet, stack, starts }, kill))
+    }))
+    t.equal(times.length, wanted)
+    times.sort((a, b) => a - b)
+    const late = times.filter((time) => time > promised).length
+    t.comment(`${times.length} kills, ${lanes} at a time: gone after ${times[times.length >> 1]?.toFixed(2)} s (median), ${times.at(-1)?.toFixed(2)} s at most`)
+    t.ok(late <= times.length * (1 - most), `${lanes} at a time: ${late} of ${times.length} took longer than ${promised} s`)
+  }
+  t.equal(kills.length, 0)
   t.equal(packetsTo(await internet.flows(), denied), 0, 'at no moment did anything reach the denied place')
   t.equal(questionsFor(await internet.questions(), 'leak.example'), 0, 'nor was a denied name asked for')
   t.equal(await internet.strays(), 0)
-  t.equal(times.length, kills.length)
-  times.sort((a, b) => a - b)
-  const late = times.filter((time) => time > promised).length
-  t.comment(`${times.length} kills, ${lanes} sandboxes at a time: gone after ${times[times.length >> 1]?.toFixed(2)} s (median), ${times.at(-1)?.toFixed(2)} s at most; ${late} took longer than ${promised} s`)
 
-  t.ok(late <= times.length * (1 - most), `${late} of ${times.length} took longer than ${promised} s`)
-
-  const after = await stack.create({ networkPolicy: policyOf(kills.length) })
+  const after = await stack.create({ networkPolicy: policyOf(count) })
   t.match((await after.run(['curl', '-sS', '-m', '5', 'http://new.allowed.example/works'])).stdout, 'GET /works', 'and a new sandbox works')
 })
 
