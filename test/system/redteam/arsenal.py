@@ -8,10 +8,12 @@ import errno
 import json
 import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 WAIT = 1.2
@@ -262,6 +264,15 @@ def as_user(how, uid, host, port):
     else:
         ctypes.CDLL(None).setfsuid(int(uid))
     return udp(host, port)
+
+
+def set_uid(uid, host, port):
+    """A program that becomes somebody by the bit of its file, for which its caller needs no capability."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = shutil.copy(shutil.which("curl"), folder)
+        os.chown(program, int(uid), int(uid))
+        os.chmod(program, 0o6755)
+        return subprocess.run([program, "-sS", "-m", str(WAIT), "telnet://%s:%s" % (host, port)], input=b"knock", capture_output=True).stdout.decode()
 
 
 def held_ports():

@@ -37,6 +37,7 @@ const rows: Row<Place>[] = [
   ...['650', '10042', '101', '65534'].map((uid) => reaches(`setuid ${uid}`, open, (to) => ['as_user', 'real', uid, to, '443'])),
   reaches('seteuid 650', open, (to) => ['as_user', 'effective', '650', to, '443']),
   reaches('setfsuid 650', open, (to) => ['as_user', 'filesystem', '650', to, '443']),
+  ...['650', '10042'].map((uid) => reaches(`a set-uid program of ${uid}`, open, (to) => ['set_uid', uid, to, '443'])),
   asks("the sidecar's source ports, bound as they are", open, (name) => ['from_port', 'bare', name, resolver]),
   asks('the same with SO_REUSEADDR', open, (name) => ['from_port', 'address', name, resolver]),
   asks('the same with SO_REUSEPORT', open, (name) => ['from_port', 'port', name, resolver]),
