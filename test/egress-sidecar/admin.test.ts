@@ -51,8 +51,9 @@ t.test('what a policy comes to', async (t) => {
   for (const [policy, text] of rows) t.equal((await (await setUp(t, {}, {}, policy)).call('GET', '/policy')).text, text)
 })
 
-t.test('whoever says half of it is cut off, and the sandbox has half of the places', async (t) => {
-  const { call, port } = await setUp(t, {}, { headersTimeout: 200, requestTimeout: 400, connectionsCheckingInterval: 50, fromInside: 5 })
+/** A policy API to which a test speaks bytes of its own. */
+async function speakers(t: Test, limits: Partial<typeof adminLimits>) {
+  const { call, port } = await setUp(t, {}, limits)
   const speak = async (text: string): Promise<Socket> => {
     const socket = connect(port, '127.0.0.1').on('error', () => undefined)
     await once(socket, 'connect')
@@ -61,17 +62,31 @@ t.test('whoever says half of it is cut off, and the sandbox has half of the plac
   }
   // `once` would take a reset for a failure.
   const closing = (socket: Socket): Promise<void> => new Promise((resolve) => void socket.once('close', () => resolve()))
+  return { call, speak, closing }
+}
+
+async function fillsUp(t: Test, { call, speak, closing }: Awaited<ReturnType<typeof speakers>>, places: number): Promise<void> {
+  const held = await Promise.all(Array.from({ length: places }, () => speak('')))
+  await closing(await speak('GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n'))
+  t.same(held.filter(({ closed }) => closed), [], `the one beyond ${places} is turned away, the others are not`)
+  for (const socket of held) socket.destroy()
+  await eventually('there is room again', async () => ((await call('GET', '/healthz').catch(() => undefined))?.status === 200 ? true : undefined))
+  t.pass('and served when one of them has gone')
+}
+
+t.test('whoever says half of it is cut off, and the sandbox has half of the places', async (t) => {
+  const { call, speak, closing } = await speakers(t, { headersTimeout: 200, requestTimeout: 400, connectionsCheckingInterval: 50, fromInside: 5 })
   for (const text of ['', 'POST /policy HTTP/1.1\r\nhost: x\r\n', 'POST /policy HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf']) {
     const begun = performance.now()
     await closing(await speak(text))
     t.ok(performance.now() - begun < 3000, `${JSON.stringify(text)}: cut`)
   }
-  const held = await Promise.all(Array.from({ length: 5 }, () => speak('')))
-  await closing(await speak('GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n'))
-  t.same(held.filter(({ closed }) => closed), [], 'the sixth is turned away, the others are not')
-  for (const socket of held) socket.destroy()
-  await eventually('there is room again', async () => ((await call('GET', '/healthz').catch(() => undefined))?.status === 200 ? true : undefined))
-  t.pass('and served when one of them has gone')
+  await fillsUp(t, { call, speak, closing }, 5)
+})
+
+t.test('and there are only so many places at all', async (t) => {
+  const { call, speak, closing } = await speakers(t, { connections: 4 })
+  await fillsUp(t, { call, speak, closing }, 4)
 })
 
 t.test('who comes from inside', async (t) => {
