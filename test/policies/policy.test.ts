@@ -1,6 +1,6 @@
 /** The networkPolicy document and what follows from it: each row a document, a place, the verdict and its reason. */
 import t from 'tap'
-import { canonicalAddress, isSpecialUse, NetworkTable } from '#policies/address.ts'
+import { canonicalAddress, isSpecialUse, NetworkTable, specialUseNetworks } from '#policies/address.ts'
 import { compilePolicy, type Layers } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
 import { readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
@@ -123,12 +123,22 @@ t.test('addresses', async (t) => {
 
 t.test('what a name must not lead to (rebinding)', async (t) => {
   const open = compilePolicy(policy('allow'))
-  const special = ['0.1.2.3', '10.0.0.1', '100.64.0.1', '100.127.255.255', '127.0.0.1', '169.254.169.254', '172.16.0.1', '172.31.255.255', '192.168.1.1', '224.0.0.1', '240.0.0.1', '255.255.255.255',
-    '::', '::1', 'fe80::1', 'febf::1', 'fc00::1', 'fdff::1', 'ff02::1', '::ffff:8.8.8.8', '64:ff9b::808:808', '64:ff9b:1::1', '2002:808:808::1', '2001::1', '2001:0:ffff::1']
-  for (const address of special) t.same(decideLearned(open, address), { action: 'deny', reason: 'special-use-address' }, address)
+  // First and last of each network, and what comes before and behind: nothing where that is special, too.
+  const networks: [first: string, last: string, before?: string | undefined, behind?: string][] = [
+    ['0.0.0.0', '0.255.255.255', undefined, '1.0.0.0'], ['10.0.0.0', '10.255.255.255', '9.255.255.255', '11.0.0.0'], ['100.64.0.0', '100.127.255.255', '100.63.255.255', '100.128.0.0'],
+    ['127.0.0.0', '127.255.255.255', '126.255.255.255', '128.0.0.0'], ['169.254.0.0', '169.254.255.255', '169.253.255.255', '169.255.0.0'], ['172.16.0.0', '172.31.255.255', '172.15.255.255', '172.32.0.0'],
+    ['192.168.0.0', '192.168.255.255', '192.167.255.255', '192.169.0.0'], ['224.0.0.0', '239.255.255.255', '223.255.255.255'], ['240.0.0.0', '255.255.255.255'],
+    ['::', '::1', undefined, '::2'], ['::ffff:0:0', '::ffff:ffff:ffff', '::fffe:ffff:ffff', '::1:0:0:0'], ['64:ff9b::', '64:ff9b::ffff:ffff', '64:ff9a:ffff:ffff:ffff:ffff:ffff:ffff', '64:ff9b::1:0:0'],
+    ['64:ff9b:1::', '64:ff9b:1:ffff:ffff:ffff:ffff:ffff', '64:ff9b:0:ffff:ffff:ffff:ffff:ffff', '64:ff9b:2::'], ['2001::', '2001:0:ffff:ffff:ffff:ffff:ffff:ffff', '2000:ffff:ffff:ffff:ffff:ffff:ffff:ffff', '2001:1::'],
+    ['2002::', '2002:ffff:ffff:ffff:ffff:ffff:ffff:ffff', '2001:ffff:ffff:ffff:ffff:ffff:ffff:ffff', '2003::'], ['fc00::', 'fdff:ffff:ffff:ffff:ffff:ffff:ffff:ffff', 'fbff:ffff:ffff:ffff:ffff:ffff:ffff:ffff', 'fe00::'],
+    ['fe80::', 'febf:ffff:ffff:ffff:ffff:ffff:ffff:ffff', 'fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff', 'fec0::'], ['ff00::', 'ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff', 'feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff'],
+  ]
+  const middle = ['100.100.1.1', '169.254.169.254', '172.20.0.1', '::ffff:8.8.8.8', '64:ff9b::808:808', '2002:808:808::1', 'fe80::1', 'ff02::1']
+  for (const address of [...networks.flatMap(([first, last]) => [first, last]), ...middle]) t.same(decideLearned(open, address), { action: 'deny', reason: 'special-use-address' }, address)
+  t.equal(specialUseNetworks.length, networks.length, 'each is here: `::` and `::1` are one row, v4-mapped addresses are no network of the list')
   t.ok(isSpecialUse('nonsense'), 'what is no address is opened for nobody')
   t.equal(new NetworkTable().find('nonsense'), undefined)
-  const ordinary = ['8.8.8.8', '100.63.255.255', '100.128.0.0', '172.15.0.1', '172.32.0.1', '192.0.2.1', '198.18.0.1', '198.51.100.1', '203.0.113.1', '223.255.255.255', '2001:db8::1', '2606:4700::1', '2001:1::1', '64:ff9c::1']
+  const ordinary = ['8.8.8.8', '192.0.2.1', '198.18.0.1', '198.51.100.1', '203.0.113.1', '2001:db8::1', '2606:4700::1', ...networks.flatMap(([, , before, behind]) => [before, behind]).filter((address) => address !== undefined)]
   for (const address of ordinary) t.same(decideLearned(open, address), { action: 'allow', reason: 'name-was-allowed' }, address)
   t.same(decideLearned(compilePolicy(policy('deny', 'allow 10.0.0.0/8')), '10.0.0.1'), { action: 'allow', reason: 'rule-allows', rule: 0 }, 'an allow rule covers it')
 })
