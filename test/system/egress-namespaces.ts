@@ -27,8 +27,8 @@ export interface Namespaces extends AsyncDisposable {
   ask(...orders: Order[]): Promise<Told[]>
   /** Starts the sidecar; resolves when it is ready, or rejects with what it said and its exit code. */
   startSidecar(env: Readonly<Record<string, string>>, cgroup?: string): Promise<RunningSidecar>
-  /** The same with a /var of its own, that holds an empty folder for always files; outside it is below /proc/<pid>/root. */
-  startSidecarWithVar(env: Readonly<Record<string, string>>): Promise<RunningSidecar>
+  /** The same with a /var of its own, that holds a folder for always files with these in it; outside it is below /proc/<pid>/root. */
+  startSidecarWithVar(env: Readonly<Record<string, string>>, files?: Readonly<Record<string, string>>): Promise<RunningSidecar>
   run(program: string, ...args: string[]): Promise<string>
   /** Starts what runs on until the end. Resolves with its first line, to the list of all its lines that grows on. */
   runOn(where: 'inside' | 'internet', program: string, ...args: string[]): Promise<readonly string[]>
@@ -131,7 +131,10 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
         return told
       },
       startSidecar: (env, cgroup = '') => startSidecar(env, cgroup, [process.execPath, 'egress-sidecar/main.ts']),
-      startSidecarWithVar: (env) => startSidecar(env, '', ['unshare', '--mount', 'sh', '-c', 'mount -t tmpfs tmpfs /var && mkdir -p /var/egress/rules && exec "$@"', 'sh', process.execPath, 'egress-sidecar/main.ts']),
+      startSidecarWithVar: (env, files = {}) => {
+        const written = Object.entries(files).map(([name, text]) => `echo '${text}' > /var/egress/rules/${name} && `).join('')
+        return startSidecar(env, '', ['unshare', '--mount', 'sh', '-c', `mount -t tmpfs tmpfs /var && mkdir -p /var/egress/rules && ${written}exec "$@"`, 'sh', process.execPath, 'egress-sidecar/main.ts'])
+      },
       run: async (program, ...args) => (await execa('ip', ['netns', 'exec', inside, program, ...args])).stdout,
       async runOn(where, program, ...args) {
         const child = execa('ip', ['netns', 'exec', where === 'inside' ? inside : internet, program, ...args], { reject: false, buffer: false })
