@@ -19,7 +19,7 @@ import { listenDns, type DnsListener, type Handler } from './listen.ts'
 import { createAddressJudge, knownResolvers } from './judge.ts'
 import type { Log } from './log.ts'
 import { createMetrics } from './metrics.ts'
-import { appendIptables, createNft, type Nft } from './nft.ts'
+import { appendIptables, createNft, NftError, type Nft } from './nft.ts'
 import { emptyReply, rcodes, readQuestion } from './packet.ts'
 import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
@@ -88,7 +88,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     })
     if (listening instanceof Error) throw listening
     listener = listening
-    beating = setInterval(() => void kernel.apply(aliveStatements()).catch((error: Error) => log.limited('egress.heartbeat', error.message)), heartbeat.every * 1000)
+    beating = setInterval(() => void beat(kernel), heartbeat.every * 1000)
     admin = await listenAdmin(config.http, {
       keeper: () => keeper,
       token: config.token,
@@ -152,6 +152,20 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     return createWebhook({ url, sandboxId: config.sandboxId, place, warn: (message) => log.limited('egress.webhook', message) })
   }
 
+  /** Says that we live; and learns that somebody took the table away, which leaves everything open. */
+  async function beat(kernel: Nft): Promise<void> {
+    try {
+      await kernel.apply(aliveStatements())
+    } catch (error) {
+      log.limited('egress.heartbeat', (error as Error).message)
+      if (!refused(error) || firewall === null) return
+      const problem = await rulesPresent({ nft: kernel, filter, rules: firewall.rules }).catch((reason: Error) => (refused(reason) ? reason.message : null))
+      if (problem === null || unready !== '') return
+      unready = 'the rules are lost'
+      lost(`the rules are not in the kernel any more: ${problem}`)
+    }
+  }
+
   async function reload(kept: PolicyKeeper): Promise<void> {
     try {
       if (await kept.reload()) log.event('info', 'egress.always_reloaded', 'always rules reloaded', { deny: kept.always.deny.length, allow: kept.always.allow.length })
@@ -177,6 +191,10 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       resolver?.close()
     },
   }
+}
+
+function refused(error: unknown): boolean {
+  return error instanceof NftError && error.outcome === 'refused'
 }
 
 function anotherLives(kernel: Nft): Promise<boolean> {

@@ -37,6 +37,8 @@ export interface Namespaces extends AsyncDisposable {
 export type RunningSidecar = {
   readonly pid: number
   log(): string
+  /** Its exit code, or the signal that ended it. */
+  readonly over: Promise<number | string>
   end(signal: NodeJS.Signals): Promise<number | string>
 }
 
@@ -114,6 +116,7 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
       return {
         pid: child.pid ?? 0,
         log: () => log,
+        over,
         async end(signal) {
           child.kill(signal)
           return over

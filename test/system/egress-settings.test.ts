@@ -1,4 +1,4 @@
-/** What the environment and the operator's files say arrives in the running program; and what it says of itself before it enforces. */
+/** What the environment and the operator's files say arrives in the running program; and what it says of itself when it does not enforce. */
 import { readFileSync } from 'node:fs'
 import t from 'tap'
 import { needs } from '../support/abilities.ts'
@@ -57,4 +57,15 @@ t.test('it is never called healthy before it enforces', async (t) => {
   ])
   const answers = new Set(health.trim().split(' '))
   t.same([...answers].sort(), ['000', '503'], 'not there, or not ready')
+})
+
+t.test('somebody takes its table away: it says so, ends, and leaves everything shut', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  await space.run('nft', 'delete table inet opensandbox')
+  t.equal((await space.ask({ connect: outside.other }))[0]?.result, 'open', 'the way is open now')
+  await eventually('the end', async () => (sidecar.log().includes('the rules are not in the kernel any more') ? true : undefined), 15)
+  t.equal(await sidecar.over, 1)
+  t.not((await space.ask({ connect: outside.other }))[0]?.result, 'open')
+  await t.rejects(space.run('curl', '-s', '-m', '2', 'http://127.0.0.1:18080/healthz'))
 })
