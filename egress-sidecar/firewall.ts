@@ -10,9 +10,9 @@
  * So the table remembers for every address the batch that carries it. While nft works on one batch, everything else that comes
  * in is put into the next: however many questions wait, one transaction opens their addresses.
  */
-import { decideName } from '#policies/decide.ts'
 import type { Rules } from '#policies/compile.ts'
-import { deniedAlias, type AddressJudge } from './judge.ts'
+import type { AddressJudge } from './judge.ts'
+import { createLeadBook, leadJudge, type Lead } from './leads.ts'
 import { NftError, type Nft } from './nft.ts'
 import { chooseGivenUp, readLeases } from './full-table.ts'
 import { banStatements, forgetStatements, learnedSets, openStatements, policyStatements, unbanStatements, type RulesetInput } from './ruleset.ts'
@@ -43,14 +43,10 @@ const keptWhenFull = maxLearned - 4096
 const mostLearned = 40960
 /** Addresses of one transaction: nft needs memory for all of it at once. */
 const mostAtOnce = 8192
-/** Names remembered per address: it stays open while one of them is allowed. */
-const maxNames = 16
 /** A lease that covers the client's TTL and this many ms is not extended again. */
 const slackMs = 30_000
 
-/** A name that led to an address, and the names in between. */
-type Lead = { readonly name: string; readonly aliases: readonly (string | null)[] }
-type Learned = { until: number; leads: Lead[]; batch: Batch | null }
+type Learned = { until: number; readonly leads: Lead[]; batch: Batch | null }
 
 class Batch {
   readonly elements = new Map<string, number>()
@@ -78,6 +74,7 @@ export type FirewallDeps = {
 /** The boot rules must be in place; `initial` is loaded when the promise resolves. */
 export async function createFirewall(initial: Rules, { nft, setting, mayOpen, now, firstGeneration, lost: lose }: FirewallDeps): Promise<Firewall> {
   const learned = new Map<string, Learned>()
+  const book = createLeadBook()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
   /** Addresses that a policy took away are still banned by name in the kernel. */
@@ -143,7 +140,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   function enqueue(address: string, name: string, aliases: readonly (string | null)[], wanted: number, seconds: number): Batch | null {
     const before = learned.get(address)
     const entry: Learned = before ?? { until: 0, leads: [], batch: null }
-    noteLead(entry.leads, name, aliases)
+    book.note(entry.leads, name, aliases)
     if (entry.until >= wanted - slackMs) return entry.batch
     next ??= new Batch()
     if (before !== undefined || unwanted.has(address)) next.known.add(address)
@@ -157,6 +154,11 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     return next
   }
 
+  function forget(address: string): void {
+    book.strike(learned.get(address)?.leads ?? [])
+    learned.delete(address)
+  }
+
   function tooMany(addresses: readonly string[]): boolean {
     if (learned.size + addresses.length > mostLearned && addresses.some((address) => !learned.has(address))) return true
     return (next === null ? 0 : next.elements.size) + addresses.length > mostAtOnce
@@ -167,9 +169,9 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     makingRoom = true
     const leases = await Promise.all(learnedSets.map((set) => nft.list(set))).then((listings) => readLeases(listings.join('')), () => null)
     const { over, shut } = chooseGivenUp(learned, leases, now(), keptWhenFull)
-    for (const address of over) learned.delete(address)
+    for (const address of over) forget(address)
     for (const address of shut) {
-      learned.delete(address)
+      forget(address)
       unwanted.add(address)
     }
     makingRoom = false
@@ -206,7 +208,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     updates++
     rules = wanted
     for (const address of lost) {
-      learned.delete(address)
+      forget(address)
       unwanted.add(address)
     }
     // What waits was judged under the old policy and has not reached the kernel.
@@ -283,31 +285,6 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
 const openTimeoutMs = 3000
 /** Thousands of rules take a tenth of a second; a machine under load may need much longer. */
 const replaceTimeoutMs = 30_000
-
-/** Remembers by which way a name led to an address; the last one counts. */
-function noteLead(leads: Lead[], name: string, aliases: readonly (string | null)[]): void {
-  // Nearly always: the name that it was learned by, and no alias.
-  if (leads[0]?.name === name && leads[0].aliases === aliases) return
-  const at = leads.findIndex((lead) => lead.name === name)
-  const before = leads[at]
-  if (before === undefined) {
-    if (leads.length >= maxNames) leads.shift()
-    leads.push({ name, aliases })
-  } else if (before.aliases.length !== aliases.length || before.aliases.some((alias, nth) => alias !== aliases[nth])) leads[at] = { name, aliases }
-}
-
-/** Is the way by which a name led to an address still allowed? The addresses of one answer share their aliases, which are looked at once. */
-function leadJudge(rules: Rules): (lead: Lead) => boolean {
-  const free = new Map<Lead['aliases'], boolean>()
-  return ({ name, aliases }) => {
-    if (decideName(rules, name).action !== 'allow') return false
-    const before = free.get(aliases)
-    if (before !== undefined) return before
-    const now = deniedAlias(rules, aliases) === null
-    free.set(aliases, now)
-    return now
-  }
-}
 
 function nextGeneration(generation: number): number {
   return (generation % 0x7fffffff) + 1

@@ -20,6 +20,8 @@ export type Rules = {
   readonly exact: ReadonlyMap<string, number>
   /** Keyed by what stands behind `*.`. */
   readonly suffix: ReadonlyMap<string, number>
+  /** The most labels of a key of `suffix`. */
+  readonly suffixLabels: number
   readonly allowTable: NetworkTable
   readonly denyTable: NetworkTable
   readonly floorTable: NetworkTable
@@ -66,7 +68,7 @@ export function compilePolicy(policy: NetworkPolicy, layers: Layers = {}): Rules
 
   const pick = (action: Action, family: 4 | 6): string[] => [...sets[action]].filter(([, network]) => network.family === family).map(([text]) => text)
   return {
-    defaultAction: policy.defaultAction, nameRules, exact, suffix,
+    defaultAction: policy.defaultAction, nameRules, exact, suffix, suffixLabels: Math.max(0, ...[...suffix.keys()].map((key) => key.split('.').length)),
     allowTable: tables.allow, denyTable: tables.deny, floorTable,
     allow4: pick('allow', 4), allow6: pick('allow', 6), deny4: pick('deny', 4), deny6: pick('deny', 6),
   }

@@ -10,7 +10,8 @@ import type { Verdict } from './verdict.ts'
 export function decideName(rules: Rules, name: string | null): Verdict {
   if (name === null) return { action: 'deny', reason: 'malformed-name' }
   let best = rules.exact.get(name) ?? Infinity
-  for (let dot = name.indexOf('.'); dot !== -1; dot = name.indexOf('.', dot + 1)) {
+  // From the end, and no longer than the longest rule: whoever asks may write 127 labels.
+  for (let dot = name.lastIndexOf('.'), labels = 0; dot > 0 && labels < rules.suffixLabels; dot = name.lastIndexOf('.', dot - 1), labels++) {
     const position = rules.suffix.get(name.slice(dot + 1))
     if (position !== undefined && position < best) best = position
   }
