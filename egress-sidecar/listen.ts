@@ -53,7 +53,8 @@ async function listenUdp(address: string, port: number, handler: Handler): Promi
   let pending = 0
   let closed = false
   socket.on('message', (message, peer) => {
-    if (pending >= limits.udpPending) return
+    // Nobody can be answered at port 0, which only a raw socket sends from.
+    if (pending >= limits.udpPending || peer.port === 0) return
     pending++
     handler(message, 'udp', (reply) => {
       pending--

@@ -4,6 +4,7 @@
  *   arrive  (prerouting, -150)                    marks connections that somebody outside began
  *   nat     (output, -110, before Docker's own)   port 53 of the namespace goes to our listener
  *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
+ *   inside                                        what stays in the namespace
  *   exempt                                        the sidecar's own way to its resolvers
  *   denied                                        says no at once instead of letting the client wait
  *   forward (forward, 0, drop)                    nobody routes through the namespace
@@ -42,6 +43,8 @@ export type RulesetInput = {
 export type DohBlock = { readonly everywhere: boolean; readonly addresses: readonly string[] }
 
 export const dnsPort = 15353
+/** New connections to the policy API from inside. */
+const knocks = { perSecond: 100, burst: 64 } as const
 /** Seconds. Leases of learned addresses are TTL + 60 within these bounds; a packet to the address renews to the longest. */
 export const lease = { least: 60, most: 360, grace: 60 } as const
 
@@ -64,6 +67,7 @@ const repliesToOutside = `meta l4proto tcp ct state established ct direction rep
  * Anybody may bind an IPv6 socket to an address that is not there (IPV6_FREEBIND), and over the loopback nobody looks at the source: our own
  * sockets would take its datagrams for the resolver's. IPv4 is looked at by the kernel. Only UDP: the resets of `denied` come from afar, too.
  */
+const stays = 'oif "lo" goto inside'
 const foreignSource = 'meta nfproto ipv6 meta l4proto udp fib saddr type != local'
 const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr ::1 drop']
 
@@ -79,12 +83,19 @@ const families = [
 ] as const
 type Family = (typeof families)[number]
 
-/** Everything refused but the loopback and replies to connections from outside (health probes). The first thing that runs. */
-export function bootStatements(): string[] {
+/**
+ * Everything refused but the loopback and replies to connections from outside (health probes). The first thing that runs.
+ * @param apiPort of the policy API; 0: nobody knows it
+ */
+export function bootStatements(apiPort: number): string[] {
   return [
     `add table ${table}`, `delete table ${table}`, `add table ${table}`,
     `add chain ${table} exempt`,
     `add chain ${table} denied`,
+    `add chain ${table} inside`,
+    // The queue of connections that wait to be taken is one for all: whoever floods it from inside keeps the policy's owner out.
+    ...(apiPort === 0 ? [] : [`add rule ${table} inside tcp dport ${apiPort} tcp flags & (fin | syn | rst | ack) == syn limit rate over ${knocks.perSecond}/second burst ${knocks.burst} packets drop`]),
+    `add rule ${table} inside accept`,
     `add chain ${table} nat { type nat hook output priority -110; policy accept; }`,
     `add chain ${table} egress { type filter hook output priority 0; policy drop; }`,
     ...families.map((f) => `add set ${table} dyn_allow_v${f.n} { type ${f.type}; flags dynamic,timeout; timeout ${lease.most}s; size ${learnedSetSize}; }`),
@@ -101,7 +112,7 @@ export function bootStatements(): string[] {
     `add rule ${table} arrive tcp flags & (fin | syn | rst | ack) == syn iif != "lo" ct state new ct mark set ${inbound}`,
     `add rule ${table} egress ${repliesToOutside}`,
     `add rule ${table} egress ${foreignSource} drop`,
-    `add rule ${table} egress oif "lo" accept`,
+    `add rule ${table} egress ${stays}`,
   ]
 }
 
@@ -251,7 +262,7 @@ const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 
 /** Mode `dns`: names are filtered, addresses are not. */
 function nameOnlyRules({ ipv6 }: RulesetInput): string[] {
-  return [notDockerResolver, `${foreignSource} goto denied`, ...(ipv6 ? [] : ['meta nfproto ipv6 meta l4proto { tcp, udp } th dport 53 goto denied'])]
+  return [notDockerResolver, `${foreignSource} goto denied`, stays, ...(ipv6 ? [] : ['meta nfproto ipv6 meta l4proto { tcp, udp } th dport 53 goto denied'])]
 }
 
 function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, shut: readonly string[]): string[] {
@@ -264,9 +275,10 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
     repliesToOutside,
     notDockerResolver,
     `${foreignSource} goto denied`,
-    'oif "lo" accept',
-    // A connection with this policy's mark went all the way down once, and with the same addresses and ports it would again.
-    ...families.map((f) => `ct mark ${mark} ${renew(f)} accept`),
+    stays,
+    // A connection that the sandbox began and that has this policy's mark went all the way down, and with the same addresses and ports it would
+    // again. Not one that somebody else began: the mark may come from an error message about it, which has no ports.
+    ...families.map((f) => `ct mark ${mark} ct direction original ct state established ${renew(f)} accept`),
     // A redirected question still has its first route's interface here, but our address.
     `ip daddr 127.0.0.1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`,
   ]

@@ -83,7 +83,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       throw new StartError(`another sidecar guards this namespace: ${listening.message}`)
     }
     // 2. nothing leaves any more
-    await kernel.apply([...bootStatements(), ...(listening instanceof Error ? [] : aliveStatements())]).catch((error: Error) => {
+    await kernel.apply([...bootStatements(config.http.port), ...(listening instanceof Error ? [] : aliveStatements())]).catch((error: Error) => {
       throw new StartError(`the firewall cannot be written (NET_ADMIN is needed): ${error.message}`, { cause: error })
     })
     if (listening instanceof Error) throw listening
@@ -109,7 +109,6 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
     tcpIsExempt = exemption.protocols.includes('tcp')
     for (const problem of asking.unroutable) log.event('warn', 'egress.upstream_unroutable', `upstream not used: ${problem}`)
-    probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })
     // 4. the policy
     const files = createAlwaysFiles()
     const always = await files.read()
@@ -125,6 +124,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       unready = 'the rules are lost'
       lost(`nobody knows which policy the kernel enforces: ${reason}`)
     } }))
+    probes = startProbes({ resolver: asking, name: config.probeName, intervalSeconds: config.probeSeconds, warn: (message) => log.event('warn', 'egress.upstream_probe', message) })
     // 5. proof
     const problems = await failedChecks({ nft: kernel, filter, rules, probe: { seen }, askUpstream: (query, end) => askOnce(asking, query, end, 'udp') })
     if (problems.length > 0) throw new StartError(problems.join('; '))
@@ -185,7 +185,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       webhook?.close()
       await admin?.close()
       // The exemption goes before its ports are given up. A start that failed leaves nothing open at all.
-      if (!another) await nft?.apply(enforced ? closeStatements() : bootStatements()).catch((error: Error) => log.event('error', 'egress.close', error.message))
+      if (!another) await nft?.apply(enforced ? closeStatements() : bootStatements(config.http.port)).catch((error: Error) => log.event('error', 'egress.close', error.message))
       nft?.close()
       await listener?.close()
       resolver?.close()

@@ -34,7 +34,7 @@ const allowAll = readNetworkPolicy({ defaultAction: 'allow' })
 if (!allowAll.ok) throw new Error('policy')
 
 const rulesets: Record<string, readonly string[]> = {
-  'boot: everything refused': bootStatements(),
+  'boot: everything refused': bootStatements(18080),
   'default deny, IPv6, exempt by mark': policyStatements(input),
   'no IPv6, exempt by port, two addresses forgotten': policyStatements({ ...input, ipv6: false, exemption: { match: 'udp sport { 40000, 40001 }', protocols: ['udp'] } }, ['198.51.100.9', '2001:db8::9']),
   'default allow, 443 closed, one open resolver': policyStatements({ ...input, rules: compilePolicy(allowAll.policy), doh: { everywhere: true, addresses: [] }, openResolvers: ['198.51.100.54'] }),
@@ -55,7 +55,7 @@ t.test('as recorded', async (t) => {
 t.test('what must come before what', async (t) => {
   const statements = policyStatements(input)
   const rules = statements.filter((statement) => statement.startsWith('add rule inet opensandbox egress ')).map((statement) => statement.slice('add rule inet opensandbox egress '.length))
-  const order = ['ip daddr 127.0.0.11 goto denied', 'oif "lo" accept', 'ct mark 0x1 ip daddr @dyn_allow_v4', 'jump exempt', 'th dport 853', '@deny_v4', '@deny_net_v6', '@dyn_allow_v4', '@allow_v4', 'ct mark 0x1 ct state established', 'goto denied']
+  const order = ['ip daddr 127.0.0.11 goto denied', 'oif "lo" goto inside', 'ct mark 0x1 ct direction original ct state established ip daddr @dyn_allow_v4', 'jump exempt', 'th dport 853', '@deny_v4', '@deny_net_v6', '@dyn_allow_v4', '@allow_v4', 'ct mark 0x1 ct state established', 'goto denied']
   let last = -1
   for (const part of order) {
     const at = rules.findIndex((rule, index) => index > last && rule.includes(part))
@@ -68,7 +68,7 @@ t.test('what must come before what', async (t) => {
   t.ok(policyStatements({ ...input, doh: { everywhere: false, addresses: ['9.9.9.9'] } }).some((statement) => /egress th dport 443 .*@doh_block_v4 goto denied$/.test(statement)))
   t.same(policyStatements(input, ['198.51.100.9']).filter((statement) => /egress .*@shut_/.test(statement)), ['add rule inet opensandbox egress ip daddr @shut_v4 goto denied'], 'what a policy takes away is banned, in its own family')
   t.notOk(rules.some((rule) => /^ct state established[^d]*accept$/.test(rule)), 'no connection is let out for being old')
-  for (const rule of rules.filter((rule) => rule.startsWith('ct mark'))) t.match(rule, /^ct mark 0x1 (ip6? daddr @dyn_allow_v[46] update |ct state established meta l4proto tcp tcp flags)/, 'a mark alone opens nothing: the address is still open, or the connection an idle one')
+  for (const rule of rules.filter((rule) => rule.startsWith('ct mark'))) t.match(rule, /^ct mark 0x1 (ct direction original ct state established ip6? daddr @dyn_allow_v[46] update |ct state established meta l4proto tcp tcp flags)/, 'a mark alone opens nothing: the address is still open, or the connection an idle one')
   t.ok(statements.every((statement) => !statement.includes('\n')))
 })
 

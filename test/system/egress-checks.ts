@@ -28,7 +28,7 @@ async function loop(times: number): Promise<string[][]> {
     seen.add(question.name ?? '')
     done(emptyReply(message, question.end, rcodes.servFail))
   })
-  await kernel.apply(bootStatements())
+  await kernel.apply(bootStatements(0))
   const exemption = { match: 'meta mark 0x1ee7', protocols: ['udp', 'tcp'] } as const
   await kernel.apply(policyStatements({ rules, filter: true, ipv6: true, exemption, upstreams, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, generation: 1 }))
   const resolver = await createResolver({ upstreams, timeoutMs: 5000, tcp: () => false }, () => performance.now())

@@ -15,7 +15,7 @@ const rules = compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow',
 const setting = { filter: true, ipv6: false, exemption: { match: 'meta mark 0x1ee7', protocols: ['udp'] as const }, upstreams: [], openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false }
 
 const nft = createNft()
-await nft.apply(bootStatements())
+await nft.apply(bootStatements(0))
 const firewall = await createFirewall(rules, { nft, setting, mayOpen: createAddressJudge([]), now: () => performance.now(), firstGeneration: 1, lost: (reason) => { throw new Error(reason) } })
 await firewall.open('flow.example', [], [address], 60, rules)
 await firewall.open('unused.example', [], [unused], 60, rules)

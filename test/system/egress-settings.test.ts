@@ -14,7 +14,7 @@ t.test('settings', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecarWithVar({
     OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_MAX_RULES: '1', OPENSANDBOX_EGRESS_HTTP_ADDR: '127.0.0.1:18099', OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'team=blue',
-    OPENSANDBOX_LOG_OUTPUT: 'stdout,/var/log/egress.log', OPENSANDBOX_EGRESS_POLICY_FILE: ' /proc/nowhere.json ',
+    OPENSANDBOX_LOG_OUTPUT: 'stdout,/var/log/egress.log,/dev/full', OPENSANDBOX_EGRESS_POLICY_FILE: ' /proc/nowhere.json ',
     OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${deadUpstream},${outside.v4}`, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: 'probe.example', OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: '1',
   }, { 'log_skip.always': 'quiet.ok.example' })
   const call = (method: string, path: string, body = ''): Promise<string> => space.run('curl', '-s', '-m', '5', '-w', ' %{http_code}', '-X', method, '-d', body, `http://127.0.0.1:18099${path}`)
@@ -25,12 +25,13 @@ t.test('settings', async (t) => {
   t.match(await call('POST', '/policy', policy('*.ok.example')), /500$/, 'a policy file that cannot be written')
   const log = await eventually('the probe tells which upstream is silent', async () => (sidecar.log().includes(`no answer from ${deadUpstream}`) ? sidecar.log() : undefined), 15)
   t.ok(space.seen.some(({ saw, name }) => saw === 'dns' && name === 'probe.example'), 'probed by the name that was set')
+  t.notMatch(log, new RegExp(`no answer from ${outside.v4}|no upstream answers`), 'and not the other one, from the first probe on')
   const lines = log.trim().split('\n').map((line) => JSON.parse(line) as Record<string, unknown>)
   const hosts = lines.filter((line) => line['opensandbox.event'] === 'egress.outbound').map((line) => line['target.host'])
   t.same([hosts.includes('loud.ok.example'), hosts.includes('quiet.ok.example')], [true, false], 'names of log_skip.always have no line')
   t.match(lines.filter((line) => line['opensandbox.event'] === 'egress.update_failed'), [{ level: 'warn' }, { level: 'error' }], 'a refusal is a warning, a failure an error')
   t.equal(lines[0]?.['team'], 'blue')
-  t.match(readFileSync(`/proc/${sidecar.pid}/root/var/log/egress.log`, 'utf8'), '"egress.loaded"', 'both outputs have it')
+  t.match(readFileSync(`/proc/${sidecar.pid}/root/var/log/egress.log`, 'utf8'), '"egress.loaded"', 'every output has it, and one on a full disk ends nothing')
 })
 
 t.test('what is removed is said', async (t) => {
