@@ -5,7 +5,7 @@ import type { AddressInfo, Socket } from 'node:net'
 import { networkInterfaces } from 'node:os'
 import { equalSecret } from '#policies/access.ts'
 import { headerNames } from '#policies/wire.ts'
-import { PolicyRefusal, type Change, type PolicyKeeper } from './policy-keeper.ts'
+import { PolicyRefusal, reasons, type Change, type PolicyKeeper } from './policy-keeper.ts'
 
 export type AdminDeps = {
   readonly keeper: () => PolicyKeeper | null
@@ -80,8 +80,8 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
     if (keeper === null) return fail(503, 'not ready')
     try {
       const done = await keeper[method](body)
-      deps.changed(done)
-      return policyAnswer(done, done.reason === 'policy reset to default deny-all' ? {} : { enforcementMode: deps.enforcementMode }, deps)
+      if (done.reason !== reasons.nothingRemoved) deps.changed(done)
+      return policyAnswer(done, done.reason === reasons.reset ? {} : { enforcementMode: deps.enforcementMode }, deps)
     } catch (error) {
       const refusal = error instanceof PolicyRefusal ? error : new PolicyRefusal(500, 'internal error', { cause: error })
       deps.refused(refusal)

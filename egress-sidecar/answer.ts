@@ -132,6 +132,7 @@ class Course {
       if (opened === 'stale') return this.judgeName()
       if (opened === 'failed') return this.refuse(rcodes.servFail, 'kernel-failed', this.verdict)
       const reply = composeReply({ query: this.query, question, message, found, allowed: allowed ?? none, seconds, strict: rules.defaultAction === 'deny' })
+      if (reply === null) return this.refuse(rcodes.servFail, 'bad-answer', this.verdict)
       this.settle(reply, 'answered', this.verdict, opening)
     }
     const opened = opening.length === 0 ? 'open' : deps.firewall.open(question.name as string, found.aliases, opening, seconds, rules)

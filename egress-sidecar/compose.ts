@@ -17,9 +17,9 @@ export type ComposeInput = {
 
 /**
  * No TTL outlives the lease of the addresses. Refused addresses are left out; when something was, the reply is written anew with
- * the question's own name as owner, because names in the original may point into the part that is gone.
+ * the question's own name as owner, because names in the original may point into the part that is gone. Null when that is longer than a message can be.
  */
-export function composeReply({ query, question, message, found, allowed, seconds, strict }: ComposeInput): Buffer {
+export function composeReply({ query, question, message, found, allowed, seconds, strict }: ComposeInput): Buffer | null {
   const services = strict && found.services.length > 0 ? found.services.map((record) => cleanService(message, record)) : none
   const untouched = allowed.length === found.addresses.length && !found.strays && (services.length === 0 || services.every((data, i) => data?.length === found.services[i]?.length))
   const longest = seconds - lease.grace
@@ -31,8 +31,12 @@ export function composeReply({ query, question, message, found, allowed, seconds
   const records: ReplyRecord[] = allowed.map(({ type, rdata }) => ({ type, ttl, data: message.subarray(rdata, rdata + (type === recordTypes.a ? 4 : 16)) }))
   const kept = strict ? services : found.services.map(({ rdata, length }) => message.subarray(rdata, rdata + length))
   for (const [i, data] of kept.entries()) if (data !== null) records.push({ type: found.services[i]?.type as number, ttl, data })
-  return listReply(query, question.end, found.rcode, records)
+  const reply = listReply(query, question.end, found.rcode, records)
+  return reply.length > maxMessage ? null : reply
 }
+
+/** Bytes: its length has two before it over TCP. RFC 1035 4.2.2 */
+const maxMessage = 65_535
 
 const none: readonly (Buffer | null)[] = []
 

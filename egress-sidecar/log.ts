@@ -26,7 +26,11 @@ const questionLinesPerSecond = 100
 const maxLoggedAddresses = 16
 
 export function createLog({ level, outputs, sandboxId, attributes }: LogOptions): Log {
-  const open = (output: string): ReturnType<typeof destination> => destination({ dest: output === 'stdout' ? 1 : output === 'stderr' ? 2 : output, sync: true, mkdir: true })
+  const open = (output: string): ReturnType<typeof destination> => {
+    const stream = destination({ dest: output === 'stdout' ? 1 : output === 'stderr' ? 2 : output, sync: true, mkdir: true })
+    // A full disk costs lines, not the sandbox.
+    return stream.on('error', () => undefined)
+  }
   const streams = outputs.map((output): StreamEntry => ({ level, stream: open(output) }))
   const base = { ...Object.fromEntries(attributes), logger: 'opensandbox.egress', ...(sandboxId === '' ? {} : { sandbox_id: sandboxId }) }
   const log = pino({ level, base, timestamp: () => `,"ts":"${new Date().toISOString()}"`, formatters: { level: (label) => ({ level: label }) } }, multistream(streams))

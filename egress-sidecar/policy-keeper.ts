@@ -19,6 +19,9 @@ export class PolicyRefusal extends Error {
   }
 }
 
+/** The original's words. */
+export const reasons = { reset: 'policy reset to default deny-all', nothingRemoved: 'no matching targets found' } as const
+
 /** `reason`: why nothing, or nothing special, was done. `rules`: what this request named, for the log. */
 export type Change = { readonly policy: NetworkPolicy; readonly reason?: string; readonly rules: readonly NetworkRule[] }
 
@@ -92,7 +95,7 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
     put: (body) => inTurn(async () => {
       if (body.trim() === '') {
         await change({ defaultAction: 'deny', egress: [] })
-        return { policy, reason: 'policy reset to default deny-all', rules: [] }
+        return { policy, reason: reasons.reset, rules: [] }
       }
       const read = readNetworkPolicy(parse(body, 'invalid policy'), '')
       if (!read.ok) throw new PolicyRefusal(400, `invalid policy: ${say(read.problems)}`)
@@ -114,7 +117,7 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
       if (!targets.every((target) => typeof target === 'string')) throw new PolicyRefusal(400, 'invalid delete targets: every target must be a string')
       const unwanted = new Set(targets.map((target) => target.trim().toLowerCase()))
       const egress = policy.egress.filter((rule) => !unwanted.has(rule.target.toLowerCase()))
-      if (egress.length === policy.egress.length) return { policy, reason: 'no matching targets found', rules: [] }
+      if (egress.length === policy.egress.length) return { policy, reason: reasons.nothingRemoved, rules: [] }
       const removed = policy.egress.filter((rule) => unwanted.has(rule.target.toLowerCase()))
       await change({ defaultAction: policy.defaultAction, egress })
       return { policy, rules: removed }

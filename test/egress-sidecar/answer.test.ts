@@ -189,3 +189,13 @@ t.test('a truncated answer tells no address', async (t) => {
   t.equal(answerCount(got), 0)
   t.equal((got[2] as number) & 2, 2)
 })
+
+t.test('a reply that would be longer than a message can be is none', async (t) => {
+  // Owned by the root, a record of the answer is a byte shorter than one of ours.
+  const answers = (count: number): NonNullable<MessageText['answers']> => [{ name: toQuestion, type: types.CNAME, data: '' }, { name: '', type: types.A, data: '10.0.0.1' }, ...Array.from({ length: count }, () => ({ name: '', type: types.A, data: '198.51.100.9' }))]
+  const rules = rulesOf(['allow', '*.example'])
+  const fits = await play({ rules, transport: 'tcp', reply: message({ flags: replyFlags, answers: answers(4000) }) })
+  t.equal(answerCount(fits.got), 4000, 'what fits is told, without the refused one')
+  const { got, result } = await play({ rules, transport: 'tcp', reply: message({ flags: replyFlags, answers: answers(4360) }) })
+  t.same([rcodeOf(got), result], [2, 'bad-answer'])
+})
