@@ -75,10 +75,10 @@ export function isFromInside(address = '', interfaces = networkInterfaces()): bo
 
 function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
   const change = (method: 'put' | 'patch' | 'remove') => async (request: IncomingMessage): Promise<Response> => {
-    const body = await readBody(request)
-    const keeper = deps.keeper()
-    if (keeper === null) return fail(503, 'not ready')
     try {
+      const body = await readBody(request)
+      const keeper = deps.keeper()
+      if (keeper === null) return fail(503, 'not ready')
       const done = await keeper[method](body)
       if (done.reason !== reasons.nothingRemoved) deps.changed(done)
       return policyAnswer(done, done.reason === reasons.reset ? {} : { enforcementMode: deps.enforcementMode }, deps)

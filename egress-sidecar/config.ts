@@ -2,7 +2,7 @@
 import { readFileSync } from 'node:fs'
 import * as Type from 'typebox'
 import type { Static } from 'typebox'
-import { canonicalAddress, readNetwork } from '#policies/address.ts'
+import { canonicalAddress, formatNetwork, readNetwork } from '#policies/address.ts'
 import { checkConfig, ConfigError } from '#policies/config.ts'
 import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
 import { normaliseName } from '#policies/host.ts'
@@ -62,7 +62,7 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     token: text('TOKEN'),
     ...given('maxRules', lenientInteger(text('MAX_RULES'), 0, Infinity)),
     ...given('logLevel', lenientLevel(text('LOG_LEVEL'))),
-    ...given('logOutput', (env['OPENSANDBOX_LOG_OUTPUT'] ?? '').trim()),
+    ...given('logOutput', list(env['OPENSANDBOX_LOG_OUTPUT'] ?? '').join(',')),
     sandboxId: text('SANDBOX_ID'),
     ...given('upstreamTimeoutSeconds', lenientInteger(text('DNS_UPSTREAM_TIMEOUT'), 1, 120)),
     ...given('probeSeconds', lenientInteger(text('DNS_UPSTREAM_PROBE_INTERVAL_SEC'), 1, 3600)),
@@ -76,7 +76,7 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     http: keep(() => readListenAddress(text('HTTP_ADDR').trim() || ':18080'), { host: '', port: 0 }),
     upstreams: keep(() => readUpstreams(text('DNS_UPSTREAM'), resolvConf), []),
     openResolvers: unique(list(text('NAMESERVER_EXEMPT')).flatMap((item) => canonicalAddress(item) ?? [])),
-    dohAddresses: unique(list(text('DOH_BLOCKLIST')).filter((item) => readNetwork(item) !== null)),
+    dohAddresses: unique(list(text('DOH_BLOCKLIST')).map(readNetwork).filter((network) => network !== null).map(formatNetwork)),
     floor: keep(() => readFloor(text('FLOOR')), []),
     denyWebhook: keep(() => readWebhook(text('DENY_WEBHOOK').trim()), null),
     probeName: keep(() => readProbeName(text('DNS_UPSTREAM_PROBE').trim()), ''),

@@ -13,28 +13,28 @@ export type DnsListener = {
 }
 
 /** The sandbox is the only client: a flood harms nobody but itself as long as these hold. */
-const limits = {
+export const listenLimits = {
   /** Datagrams being answered at a time; more are dropped, as by any full socket. */
   udpPending: 4096,
   tcpConnections: 64,
   tcpMessages: 128,
   /** RFC 7766 6.2.3 leaves the value open; the original waited 8 s. */
   tcpIdleMs: 8000,
-} as const
+}
 
 // node:dgram would look every reply's address up, even one that is an IP address.
 const noLookup = (address: string, _options: unknown, callback: (error: null, address: string, family: number) => void): void => callback(null, address, address.includes(':') ? 6 : 4)
 
 /** Listens on every address at one port (0: the first one's choice). @throws when one is taken */
-export async function listenDns(addresses: readonly string[], wantedPort: number, handler: Handler): Promise<DnsListener> {
+export async function listenDns(addresses: readonly string[], wantedPort: number, handler: Handler, limits = listenLimits): Promise<DnsListener> {
   const open: { close(): unknown }[] = []
   let port = wantedPort
   try {
     for (const address of addresses) {
-      const udp = await listenUdp(address, port, handler)
+      const udp = await listenUdp(address, port, handler, limits)
       open.push(udp)
       port = udp.port
-      open.push(await listenTcp(address, port, handler))
+      open.push(await listenTcp(address, port, handler, limits))
     }
   } catch (error) {
     for (const listener of open) listener.close()
@@ -48,7 +48,9 @@ export async function listenDns(addresses: readonly string[], wantedPort: number
   }
 }
 
-async function listenUdp(address: string, port: number, handler: Handler): Promise<{ readonly port: number; close(): void }> {
+type Limits = typeof listenLimits
+
+async function listenUdp(address: string, port: number, handler: Handler, limits: Limits): Promise<{ readonly port: number; close(): void }> {
   const socket: Socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup as never, recvBufferSize: 1 << 20 })
   let pending = 0
   let closed = false
@@ -75,12 +77,12 @@ async function listenUdp(address: string, port: number, handler: Handler): Promi
   }
 }
 
-async function listenTcp(address: string, port: number, handler: Handler): Promise<{ close(): void }> {
+async function listenTcp(address: string, port: number, handler: Handler, limits: Limits): Promise<{ close(): void }> {
   const sockets = new Set<TcpSocket>()
   const server: Server = createServer((socket) => {
     sockets.add(socket)
     socket.on('close', () => sockets.delete(socket))
-    serveTcp(socket, handler)
+    serveTcp(socket, handler, limits)
   })
   server.maxConnections = limits.tcpConnections
   server.listen({ host: address, port, exclusive: true })
@@ -94,7 +96,7 @@ async function listenTcp(address: string, port: number, handler: Handler): Promi
 }
 
 /** Two bytes of length before each message (RFC 1035 4.2.2). One message at a time: the next is read when its reply is written. */
-function serveTcp(socket: TcpSocket, handler: Handler): void {
+function serveTcp(socket: TcpSocket, handler: Handler, limits: Limits): void {
   let received = Buffer.alloc(0)
   let served = 0
   let busy = false
@@ -112,7 +114,10 @@ function serveTcp(socket: TcpSocket, handler: Handler): void {
       socket.pause()
       const end = 2 + received.readUInt16BE(0)
       const message = Buffer.from(received.subarray(2, end))
+      // Whoever waits for us is not idle.
+      socket.setTimeout(0)
       const reply = await new Promise<Buffer | null>((resolve) => handler(message, 'tcp', resolve))
+      socket.setTimeout(limits.tcpIdleMs)
       received = received.subarray(end)
       if (reply === null || ++served > limits.tcpMessages) socket.destroy()
       else if (!socket.write(Buffer.concat([lengthOf(reply), reply]))) await taken(socket)

@@ -21,7 +21,7 @@ function readConfigOrExit(): Config {
 }
 
 const config = readConfigOrExit()
-const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(',').map((output) => output.trim()).filter((output) => output !== ''), sandboxId: config.sandboxId, attributes: config.attributes })
+const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(','), sandboxId: config.sandboxId, attributes: config.attributes })
 const sidecar = createSidecar(config, log, failed)
 
 let ending = false

@@ -18,17 +18,19 @@ export type WebhookOptions = {
   readonly warn: (message: string) => void
   /** Waits so many ms before the next attempt. */
   readonly pause?: (ms: number) => Promise<unknown>
+  /** ms that an attempt may take. */
+  readonly attemptMs?: number
 }
 
 /** Events that wait; the newest is dropped when there are more. */
 const maxWaiting = 256
-const attemptMs = 5000
+export const defaultAttemptMs = 5000
 /** Before the second, third and fourth attempt, the last one. */
 const pausesMs = [1000, 2000, 4000] as const
 
 type Denied = { readonly hostname: string; readonly timestamp: string }
 
-export async function createWebhook({ url, sandboxId, place, warn, pause = (ms) => delay(ms, undefined, { ref: false }) }: WebhookOptions): Promise<Webhook> {
+export async function createWebhook({ url, sandboxId, place, warn, pause = (ms) => delay(ms, undefined, { ref: false }), attemptMs = defaultAttemptMs }: WebhookOptions): Promise<Webhook> {
   const { Agent, request } = url.protocol === 'https:' ? await import('node:https') : await import('node:http')
   const agent = new Agent({ keepAlive: true, maxSockets: 1 })
   const waiting: Denied[] = []
@@ -54,19 +56,19 @@ export async function createWebhook({ url, sandboxId, place, warn, pause = (ms) 
     }
   }
 
-  /** The answer's status. @throws when there is none in time */
+  /** The answer's status, when the answer is over or was cut: the connection is the next one's. @throws when there is none in time */
   async function post(body: string): Promise<number> {
     const address = await place.reach()
     const family = address.includes(':') ? 6 : 4
     const lookup: LookupFunction = (_host, { all }, done) => (all === true ? done(null, [{ address, family }]) : done(null, address, family))
     const headers = { 'content-type': 'application/json', 'content-length': Buffer.byteLength(body) }
+    let status: number | null = null
     return new Promise((resolve, reject) => {
       const sent: ClientRequest = request(url, { method: 'POST', agent, headers, lookup, signal: AbortSignal.timeout(attemptMs) }, (answer: IncomingMessage) => {
-        // Read to its end, so that the connection can be used again; an endless one is cut by the signal.
-        answer.on('error', () => undefined).resume()
-        resolve(answer.statusCode ?? 0)
+        const told = (status = answer.statusCode ?? 0)
+        answer.on('error', () => undefined).on('close', () => resolve(told)).resume()
       })
-      sent.on('error', reject)
+      sent.on('error', (error) => (status === null ? reject(error) : resolve(status)))
       sent.end(body)
     })
   }

@@ -4,8 +4,10 @@ import { request } from 'node:http'
 import { connect, type Socket } from 'node:net'
 import t, { type Test } from 'tap'
 import type { NetworkPolicy } from '#policies/document.ts'
+import { compilePolicy } from '#policies/compile.ts'
 import { adminLimits, isFromInside, listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
-import { PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
+import { createAlwaysFiles } from '../../egress-sidecar/always-files.ts'
+import { createPolicyKeeper, PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
 import { eventually } from '../support/program.ts'
 
 type Answer = { status: number; headers: Record<string, unknown>; text: string }
@@ -40,6 +42,72 @@ t.test('answers have the original\'s keys in its order', async (t) => {
   t.equal((await call('DELETE', '/policy', '["x"]')).text, '{"status":"ok","mode":"enforcing","enforcementMode":"dns+nft","reason":"no matching targets found"}\n')
   t.same(bodies, ['put {}', 'put {}', 'patch {}', 'remove ["x"]'])
   t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [200, 'ok'])
+})
+
+/** Beginning with default allow and one rule, on a kernel that takes everything. */
+function realKeeper(t: Test): PolicyKeeper {
+  const start: NetworkPolicy = { defaultAction: 'allow', egress: [{ action: 'allow', target: 'a.example' }] }
+  const firewall = { rules: compilePolicy(start), learned: 0, updates: 0, replace: async () => undefined, open: () => 'open' as const }
+  return createPolicyKeeper(start, { deny: [], allow: [] }, { firewall, files: createAlwaysFiles(t.testdir({})), policyFile: '', maxRules: 2, floor: [] })
+}
+
+t.test('a blank body resets the policy, and only that answer is without the mode of enforcement', async (t) => {
+  const warning = '"warning":"mode dns filters names only: connections to addresses are not restricted"'
+  for (const [enforcementMode, more] of [['dns+nft', ''], ['dns', `,${warning}`]] as const) {
+    const keeper = realKeeper(t)
+    const { call } = await setUp(t, { keeper: () => keeper, enforcementMode })
+    const rows: [method: string, body: string, text: string][] = [
+      ['POST', '', `{"status":"ok","mode":"deny_all","reason":"policy reset to default deny-all"${more}}\n`],
+      ['PUT', ' \r\n\t', `{"status":"ok","mode":"deny_all","reason":"policy reset to default deny-all"${more}}\n`],
+      ['POST', '{}', `{"status":"ok","mode":"deny_all","enforcementMode":"${enforcementMode}"${more}}\n`],
+      ['PUT', 'null', `{"status":"ok","mode":"deny_all","enforcementMode":"${enforcementMode}"${more}}\n`],
+    ]
+    for (const [method, body, text] of rows) {
+      const answer = await call(method, '/policy', body)
+      t.same([answer.status, answer.headers['content-type'], answer.text], [200, 'application/json', text], `${method} ${JSON.stringify(body)}, ${enforcementMode}`)
+      t.same(keeper.policy, { defaultAction: 'deny', egress: [] })
+      await call('POST', '/policy', '{"defaultAction":"allow"}')
+    }
+  }
+})
+
+t.test('every change and every refusal is told', async (t) => {
+  const keeper = realKeeper(t)
+  const told: string[] = []
+  const { call } = await setUp(t, {
+    keeper: () => keeper,
+    changed: ({ policy, rules }) => void told.push(['changed', policy.defaultAction, ...rules.map(({ target }) => target)].join(' ')),
+    refused: ({ status, message }) => void told.push(`refused ${status} ${message}`),
+  })
+  const rows: [method: string, body: string, want: string[]][] = [
+    ['GET', '', []],
+    ['OPTIONS', '', []],
+    ['PATCH', '[{"target":"b.example"}]', ['changed allow b.example']],
+    ['PATCH', '[{"target":"c.example"}]', ['refused 413 egress rule total count 3 exceeds limit 2']],
+    ['DELETE', '["a.example","x.example"]', ['changed allow a.example']],
+    ['DELETE', '["a.example"]', []],
+    ['DELETE', '', ['refused 400 empty body']],
+    ['PUT', '{"egress":[{"action":"x","target":"a.b"}]}', ['refused 400 invalid policy: unsupported action "x"']],
+    ['PUT', '{"egress":[{"target":"d.example"}]}', ['changed deny d.example']],
+    ['POST', '', ['changed deny']],
+  ]
+  for (const [method, body, want] of rows) {
+    await call(method, '/policy', body)
+    t.same(told.splice(0), want, `${method} ${body}`)
+  }
+  const { call: broken } = await setUp(t, { refused: ({ status, message, cause }) => void told.push(`${status} ${message}: ${(cause as Error).message}`) })
+  await broken('POST', '/policy', 'bug')
+  t.same(told, ['500 internal error: secret detail'], 'the log hears more than the caller')
+})
+
+t.test('health is asked for by any method', async (t) => {
+  const { call } = await setUp(t, { token: 'secret' })
+  for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'HEAD']) {
+    const { status, headers, text } = await call(method, '/healthz', method === 'POST' ? '{}' : '')
+    t.same([status, headers['content-type'], headers['content-length'], text], [200, 'text/plain; charset=utf-8', '2', method === 'HEAD' ? '' : 'ok'], method)
+  }
+  const { call: early } = await setUp(t, { unready: () => 'not ready' })
+  for (const method of ['POST', 'HEAD', 'PUT']) t.equal((await early(method, '/healthz')).status, 503, `${method}, not ready`)
 })
 
 t.test('what a policy comes to', async (t) => {
@@ -82,6 +150,10 @@ t.test('whoever says half of it is cut off, and the sandbox has half of the plac
     t.ok(performance.now() - begun < 3000, `${JSON.stringify(text)}: cut`)
   }
   await fillsUp(t, { call, speak, closing }, 5)
+})
+
+t.test('the limits that hold when nothing else is said', async (t) => {
+  t.match(adminLimits, { headersTimeout: 5000, requestTimeout: 10_000, keepAliveTimeout: 5000, connections: 128, fromInside: 64 })
 })
 
 t.test('and there are only so many places at all', async (t) => {
@@ -127,8 +199,11 @@ t.test('who may', async (t) => {
   }
   t.equal((await call('GET', '/policy', '', { 'OPENSANDBOX-EGRESS-AUTH': 'secret' })).status, 200)
   t.equal((await call('GET', '/healthz')).status, 200, 'health needs none')
-  for (const headers of [{ origin: 'http://evil.example' }, { 'sec-fetch-site': 'cross-site' }]) t.equal((await call('POST', '/policy', '{}', { 'opensandbox-egress-auth': 'secret', ...headers })).status, 403, 'a browser\'s page')
+  for (const headers of [{ origin: 'http://evil.example' }, { origin: 'null' }, { origin: '' }, { 'sec-fetch-site': 'cross-site' }, { 'sec-fetch-site': 'same-site' }, { 'sec-fetch-site': '' }]) {
+    t.same(await call('POST', '/policy', '{}', { 'opensandbox-egress-auth': 'secret', ...headers }).then(({ status, text }) => [status, text]), [403, 'forbidden\n'], `a browser's page: ${JSON.stringify(headers)}`)
+  }
   t.same(bodies, [])
+  for (const site of ['none', 'same-origin']) t.equal((await call('POST', '/policy', '{}', { 'opensandbox-egress-auth': 'secret', 'sec-fetch-site': site })).status, 200, `${site}: typed by hand`)
 })
 
 t.test('looking in', async (t) => {
@@ -147,4 +222,11 @@ t.test('not ready yet', async (t) => {
   const { call } = await setUp(t, { unready: () => 'not ready', keeper: () => null })
   t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [503, 'not ready\n'])
   for (const method of ['GET', 'PUT']) t.equal((await call(method, '/policy')).status, 503)
+})
+
+t.test('a body that is too long is told as a refusal', async (t) => {
+  const told: number[] = []
+  const { call } = await setUp(t, { refused: ({ status }) => void told.push(status) })
+  t.equal((await call('POST', '/policy', 'x'.repeat((1 << 20) + 1))).status, 413)
+  t.same(told, [413])
 })

@@ -29,12 +29,42 @@ t.test('mode', async (t) => {
 })
 
 t.test('numbers and switches are as lenient as the original', async (t) => {
-  for (const [text, want] of [['10', 10], ['0', 0], ['-1', 4096], ['many', 4096], ['1.5', 4096]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_MAX_RULES: text }).maxRules, want, text)
-  for (const [text, want] of [['7', 7], ['0', 5], ['x', 5], ['999', 120]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_TIMEOUT: text }).upstreamTimeoutSeconds, want, text)
+  for (const [text, want] of [['10', 10], ['0', 0], [' +7 ', 7], ['1000000', 1_000_000], ['-1', 4096], ['', 4096], ['many', 4096], ['1.5', 4096], ['1e3', 4096], ['0x10', 4096]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_MAX_RULES: text }).maxRules, want, text)
+  for (const [text, want] of [['7', 7], ['1', 1], ['0', 5], ['-3', 5], ['x', 5], ['120', 120], ['121', 120], ['999', 120]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_TIMEOUT: text }).upstreamTimeoutSeconds, want, text)
   for (const text of ['1', 'TRUE', ' yes ', 'y', 'on']) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_BLOCK_DOH_443: text }).blockDoh, true, text)
   for (const text of ['', '0', 'no', 'enabled']) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_BLOCK_DOH_443: text }).blockDoh, false, text)
   t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_NAMESERVER_EXEMPT: '198.51.100.1, 10.0.0.0/8, x, 198.51.100.1,2001:db8:0::1' }).openResolvers, ['198.51.100.1', '2001:db8::1'])
   t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_TOKEN: ' a b ' }).token, ' a b ', 'a token is used as it is')
+})
+
+t.test('what is written to the log, and where to', async (t) => {
+  for (const [text, want] of [
+    ['debug', 'debug'], ['info', 'info'], ['warn', 'warn'], ['warning', 'warn'], ['error', 'error'], ['fatal', 'fatal'],
+    [' WARNING ', 'warn'], ['Error', 'error'], ['', 'info'], ['  ', 'info'], ['trace', 'info'], ['silent', 'info'], ['loud', 'info'], ['2', 'info'], ['warn,error', 'info'], ['constructor', 'info'],
+  ] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_LOG_LEVEL: text }).logLevel, want, JSON.stringify(text))
+  for (const [text, want] of [['', 'stdout'], [' \t', 'stdout'], ['stderr', 'stderr'], [' stdout, /var/log/egress.log ', 'stdout,/var/log/egress.log']] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_LOG_OUTPUT: text }).logOutput, want, JSON.stringify(text))
+  t.match(readConfig(dns), { logOutput: 'stdout', sandboxId: '' })
+  t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_LOG_OUTPUT: 'stderr' }).logOutput, 'stdout', 'its name has no EGRESS in it')
+  t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_SANDBOX_ID: 'box-1' }).sandboxId, 'box-1')
+})
+
+t.test('the policy and its file', async (t) => {
+  t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_RULES: ' {"defaultAction":"ALLOW","egress":[{"action":"deny","target":" A.example "},{"target":"10.0.0.0/8"}]}\n' }).rules, { defaultAction: 'allow', egress: [{ action: 'deny', target: 'A.example' }, { action: 'deny', target: '10.0.0.0/8' }] })
+  for (const text of ['', ' \n', 'null', '{}']) t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_RULES: text }).rules, { defaultAction: 'deny', egress: [] }, JSON.stringify(text))
+  for (const text of ['[]', '"allow"', '7', '{"egress":{}}', '{"egress":[{"target":"http://x/"}]}', "{'egress':[]}"]) t.match(problemsOf({ OPENSANDBOX_EGRESS_RULES: text })[0], /^OPENSANDBOX_EGRESS_RULES/, `${text} is refused, not taken for nothing`)
+  for (const [text, want] of [[' /var/egress/policy.json\n', '/var/egress/policy.json'], ['/a folder/policy.json', '/a folder/policy.json'], ['  ', ''], ['', '']] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_POLICY_FILE: text }).policyFile, want, JSON.stringify(text))
+})
+
+t.test('the DoH block list: what is no address is left out', async (t) => {
+  const of = (text: string): unknown => readConfig({ ...dns, OPENSANDBOX_EGRESS_DOH_BLOCKLIST: text }).dohAddresses
+  t.same(of('8.8.8.8, dns.example,9.9.9.0/24,, 2620:fe::fe ,10.0.0.0/33,2001:db8::/129,8.8.8.8:443,1.2.3,*,2606:4700:4700::/48,8.8.8.8'), ['8.8.8.8', '9.9.9.0/24', '2620:fe::fe', '2606:4700:4700::/48'])
+  for (const text of ['', ' , ', 'dns.example']) t.same(of(text), [], JSON.stringify(text))
+  t.match(readConfig({ ...dns, OPENSANDBOX_EGRESS_BLOCK_DOH_443: '1', OPENSANDBOX_EGRESS_DOH_BLOCKLIST: 'dns.example' }), { blockDoh: true, dohAddresses: [] }, 'nothing left: everywhere')
+})
+
+t.test('exemption', async (t) => {
+  for (const [text, want] of [['', 'auto'], [' ', 'auto'], ['auto', 'auto'], [' CGroup ', 'cgroup'], ['PORTS', 'ports']] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_EXEMPTION: text }).exemption, want, JSON.stringify(text))
+  for (const text of ['mark', 'cgroup,ports', 'none', '0']) t.match(problemsOf({ OPENSANDBOX_EGRESS_EXEMPTION: text }), [/^OPENSANDBOX_EGRESS_EXEMPTION: must be one of "auto", "cgroup", "ports"$/], text)
 })
 
 t.test('upstreams', async (t) => {
@@ -52,6 +82,15 @@ t.test('upstreams from resolv.conf', async (t) => {
   }
   t.same(of('# c\nnameserver 127.0.0.53\nnameserver 198.51.100.1\noptions x\n nameserver\t2001:db8::1\nnameserver 198.51.100.1\n'), [{ address: '198.51.100.1', port: 53 }, { address: '2001:db8::1', port: 53 }])
   t.same(of(''), [{ address: '8.8.8.8', port: 53 }], 'nothing at all: as the original')
+  for (const text of ['', ' \t']) t.same(readConfig({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: text }, join(path, 'missing')).upstreams, [{ address: '8.8.8.8', port: 53 }], 'no file')
+  t.same(of('nameserver dns.example\nnameserver 198.51.100.1:53\nnameserver\n;nameserver 198.51.100.2\nnameserver 198.51.100.3 # c\nmynameserver 198.51.100.4\n'), [{ address: '198.51.100.3', port: 53 }], 'what is no address is left out')
+  const many = (count: number): string[] => Array.from({ length: count }, (_, i) => `198.51.100.${i + 1}`)
+  const lines = (...addresses: string[]): string => addresses.map((address) => `nameserver ${address}\n`).join('')
+  const ten = many(10).map((address) => ({ address, port: 53 }))
+  t.same(of(lines(...many(10))), ten)
+  t.same(of(lines(...many(12))), ten, 'the first ten of twelve')
+  t.same(of(lines('127.0.0.53', '198.51.100.1', '::1', '0.0.0.0', ...many(12))), ten, 'those on the loopback, and those that come twice, do not count')
+  t.equal(readConfig({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: many(12).join(',') }, path).upstreams.length, 12, 'whoever is named by hand is used')
   t.throws(() => of('nameserver 127.0.0.11\n'), /only resolvers on the loopback \(127\.0\.0\.11\)/, 'Docker\'s resolver would send every question back')
 })
 
@@ -68,7 +107,9 @@ t.test('the floor', async (t) => {
 })
 
 t.test('listen address', async (t) => {
-  for (const [text, want] of [[':1', { host: '', port: 1 }], ['127.0.0.1:18080', { host: '127.0.0.1', port: 18080 }], ['[::1]:0', { host: '::1', port: 0 }]] as const) t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_HTTP_ADDR: text }).http, want, text)
+  t.same(['', '  '].map((text) => readConfig({ ...dns, OPENSANDBOX_EGRESS_HTTP_ADDR: text }).http), Array(2).fill({ host: '', port: 18080 }))
+  for (const text of ['18080', 'localhost:18080', '127.0.0.1', ':65536', ':-1', ':', '::1:80', '[::1]', '[dns.example]:80', '10.0.0.0/8:80']) t.match(problemsOf({ OPENSANDBOX_EGRESS_HTTP_ADDR: text }), [/^OPENSANDBOX_EGRESS_HTTP_ADDR: ".*" is not \[address\]:port$/], text)
+  for (const [text, want] of [[':1', { host: '', port: 1 }], [' 0.0.0.0:65535 ', { host: '0.0.0.0', port: 65535 }], ['127.0.0.1:18080', { host: '127.0.0.1', port: 18080 }], ['[::1]:0', { host: '::1', port: 0 }]] as const) t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_HTTP_ADDR: text }).http, want, text)
 })
 
 t.test('webhook, probes, attributes', async (t) => {
@@ -77,7 +118,7 @@ t.test('webhook, probes, attributes', async (t) => {
   for (const text of ['hook.example', 'ftp://hook.example', 'http://', 'unix:/x']) t.match(problemsOf({ OPENSANDBOX_EGRESS_DENY_WEBHOOK: text }), [/^OPENSANDBOX_EGRESS_DENY_WEBHOOK: is not an http/], text)
   for (const [text, want] of [['', ''], ['.', ''], [' Probe.Example. ', 'probe.example']] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: text }).probeName, want, JSON.stringify(text))
   t.match(problemsOf({ OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: 'a..b' }), [/PROBE: "a\.\.b" is not a name/])
-  for (const [text, want] of [['7', 7], ['0', 30], ['x', 30], ['9999', 3600]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: text }).probeSeconds, want, text)
+  for (const [text, want] of [['7', 7], ['1', 1], ['', 30], ['0', 30], ['x', 30], ['3600', 3600], ['3601', 3600], ['9999', 3600]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: text }).probeSeconds, want, text)
   t.same([...readConfig({ ...dns, OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'team=a, url=x=y ,empty=,=none,bare' }).attributes], [['team', 'a'], ['url', 'x=y']])
   t.match(problemsOf({ OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'level=1,le=2' }), [/"level" is the sidecar's own/, /"le" is/])
 })
@@ -85,4 +126,9 @@ t.test('webhook, probes, attributes', async (t) => {
 t.test('interception is refused, not ignored', async (t) => {
   for (const [name, text] of [['TRANSPARENT', 'true'], ['SSL_INSECURE', 'on'], ['SCRIPT', '/x.py']] as const) t.match(problemsOf({ [`OPENSANDBOX_EGRESS_MITMPROXY_${name}`]: text }), [/^OPENSANDBOX_EGRESS_MITMPROXY_\w+: is set, but TLS interception is not part/], name)
   t.same(problemsOf({ OPENSANDBOX_EGRESS_MITMPROXY_TRANSPARENT: 'false', OPENSANDBOX_EGRESS_MITMPROXY_SSL_INSECURE: '0', OPENSANDBOX_EGRESS_MITMPROXY_PORT: '18081' }), [], 'off is off')
+})
+
+t.test('lists that are written loosely', async (t) => {
+  t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_DOH_BLOCKLIST: '::ffff:8.8.8.8,::ffff:9.9.9.0/120,9.9.9.9/24' }).dohAddresses, ['8.8.8.8', '9.9.9.0/24'])
+  for (const blank of [',', ' , ', '']) t.equal(readConfig({ ...dns, OPENSANDBOX_LOG_OUTPUT: blank }).logOutput, 'stdout', `no output is none that was meant: ${JSON.stringify(blank)}`)
 })

@@ -114,6 +114,48 @@ t.test('a name that denies an alias shuts what was reached by it', async (t) => 
   t.match(nft.transactions.at(-2), /add element inet opensandbox shut_v4 \{ 198\.51\.100\.1, 198\.51\.100\.3 \}/, 'not what another name leads to as well; the last way counts')
 })
 
+t.test('sixteen names are remembered of an address: it stays open while one of them is allowed', async (t) => {
+  const rules = allow('*.example')
+  const names = Array.from({ length: 20 }, (_, i) => `n${i}.example`)
+  const rows: { why: string; asked: string[]; allowed: string[]; shut: boolean }[] = [
+    { why: 'twenty, the last sixteen are denied', asked: names, allowed: names.slice(0, 4), shut: true },
+    { why: 'twenty, the last alone is allowed', asked: names, allowed: names.slice(19), shut: false },
+    { why: 'twenty, the oldest of the last sixteen is allowed', asked: names, allowed: names.slice(4, 5), shut: false },
+    { why: 'twenty, the one before it is allowed', asked: names, allowed: names.slice(3, 4), shut: true },
+    { why: 'sixteen, the first is allowed', asked: names.slice(0, 16), allowed: names.slice(0, 1), shut: false },
+    { why: 'a name that comes again is no further one', asked: [...names.slice(0, 16), ...names.slice(1, 16), 'n15.example'], allowed: names.slice(0, 1), shut: false },
+    { why: 'one that was forgotten and comes again is the last', asked: [...names, 'n0.example'], allowed: names.slice(0, 1), shut: false },
+  ]
+  for (const { why, asked, allowed, shut } of rows) {
+    const { nft, firewall } = await setUp(rules)
+    for (const name of asked) await firewall.open(name, [], ['198.51.100.1', '198.51.100.2'], 60, rules)
+    await firewall.open('other.example', [], ['198.51.100.3'], 60, rules)
+    const before = nft.transactions.length
+    await firewall.replace(allow(...allowed, 'other.example'))
+    t.same([.../add element inet opensandbox shut_v4 \{ ([^}]+) \}/.exec(nft.transactions[before] ?? '') ?? []].slice(1), shut ? ['198.51.100.1, 198.51.100.2'] : [], why)
+    t.equal(firewall.learned, shut ? 1 : 3, why)
+  }
+})
+
+t.test('names of one address without end: the last sixteen are remembered, and judged', async (t) => {
+  const rules = allow('*.example')
+  const { nft, firewall } = await setUp(rules)
+  const names = Array.from({ length: 5000 }, (_, i) => `n${i}.example`)
+  for (const name of names) await firewall.open(name, [], ['198.51.100.1'], 60, rules)
+  t.equal(nft.transactions.length, 2, 'opened once')
+  const judged: string[] = []
+  class Asked extends Map<string, number> {
+    override get(name: string): number | undefined {
+      judged.push(name)
+      return super.get(name)
+    }
+  }
+  const narrow = allow('*.other')
+  await firewall.replace({ ...narrow, exact: new Asked(narrow.exact) })
+  t.same(judged, names.slice(-16))
+  t.equal(firewall.learned, 0)
+})
+
 t.test('a lookup that was judged under the old policy opens nothing under the new one', async (t) => {
   const old = allow('*.example')
   const { nft, firewall } = await setUp(old)

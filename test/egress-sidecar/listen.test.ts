@@ -4,7 +4,7 @@ import { once } from 'node:events'
 import { connect, type Socket } from 'node:net'
 import t, { type Test } from 'tap'
 import type { Done } from '../../egress-sidecar/answer.ts'
-import { listenDns, type DnsListener, type Handler } from '../../egress-sidecar/listen.ts'
+import { listenDns, listenLimits, type DnsListener, type Handler } from '../../egress-sidecar/listen.ts'
 import { message } from './message.ts'
 
 const query = message({ name: 'a.example' })
@@ -12,10 +12,10 @@ const echo: Handler = (bytes, _transport, done) => done(Buffer.from(bytes))
 const framed = (bytes: Buffer): Buffer => Buffer.concat([Buffer.of(bytes.length >> 8, bytes.length & 255), bytes])
 
 /** A port that is free for UDP may be taken for TCP. */
-async function listen(t: Test, handler: Handler): Promise<DnsListener> {
+async function listen(t: Test, handler: Handler, limits: Partial<typeof listenLimits> = {}): Promise<DnsListener> {
   for (let attempt = 0; ; attempt++) {
     try {
-      const listener = await listenDns(['127.0.0.1'], 0, handler)
+      const listener = await listenDns(['127.0.0.1'], 0, handler, { ...listenLimits, ...limits })
       t.teardown(() => listener.close())
       return listener
     } catch (error) {
@@ -86,12 +86,26 @@ t.test('TCP: one question at a time, the others wait unread', async (t) => {
   t.equal(waiting.length, 2)
 })
 
-t.test('TCP: who says nothing, and who says half of it, is not waited for', async (t) => {
-  const { port } = await listen(t, echo)
-  const [silent, half] = [await open(t, port), await open(t, port)]
-  half.write(framed(query).subarray(0, 9))
-  await Promise.all([silent.ended, half.ended])
-  t.same([silent.received.length, half.received.length], [0, 0])
+t.test('TCP: who says nothing, who says half of it and who has been answered is waited for so long', async (t) => {
+  t.equal(listenLimits.tcpIdleMs, 8000, 'eight seconds')
+  const { port } = await listen(t, echo, { tcpIdleMs: 800 })
+  const rows: { why: string; says: Buffer; answer: number }[] = [
+    { why: 'nothing', says: Buffer.alloc(0), answer: 0 },
+    { why: 'half a length', says: framed(query).subarray(0, 1), answer: 0 },
+    { why: 'half a question', says: framed(query).subarray(0, 9), answer: 0 },
+    { why: 'a question', says: framed(query), answer: query.length + 2 },
+    { why: 'a question and a half', says: Buffer.concat([framed(query), framed(query).subarray(0, 9)]), answer: query.length + 2 },
+  ]
+  await Promise.all(rows.map(async ({ why, says, answer }) => {
+    const socket = await open(t, port)
+    socket.write(says)
+    await answered(socket, answer)
+    const begun = performance.now()
+    await socket.ended
+    const took = performance.now() - begun
+    t.ok(took > 700 && took < 3000, `${why}: ${took.toFixed(0)} ms`)
+    t.equal(socket.received.length, answer, why)
+  }))
 })
 
 t.test('UDP: 4,096 questions on their way, the next are dropped; an answer makes room', async (t) => {
@@ -120,4 +134,12 @@ t.test('UDP: 4,096 questions on their way, the next are dropped; an answer makes
 t.test('a port that is taken is no start', async (t) => {
   const { port } = await listen(t, echo)
   await t.rejects(listenDns(['127.0.0.1'], port, echo), /EADDRINUSE/)
+})
+
+t.test('TCP: whoever waits for our answer is not idle', async (t) => {
+  const { port } = await listen(t, (bytes, _transport, done) => void setTimeout(() => done(Buffer.from(bytes)), 900), { tcpIdleMs: 500 })
+  const socket = await open(t, port)
+  socket.write(framed(query))
+  await Promise.race([answered(socket, query.length + 2), socket.ended])
+  t.equal(socket.received.length, query.length + 2)
 })

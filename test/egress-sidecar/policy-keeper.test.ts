@@ -7,7 +7,7 @@ import { decideName } from '#policies/decide.ts'
 import type { NetworkPolicy } from '#policies/document.ts'
 import { createAlwaysFiles } from '../../egress-sidecar/always-files.ts'
 import { readPolicyFile } from '../../egress-sidecar/policy-file.ts'
-import { createPolicyKeeper, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
+import { createPolicyKeeper, type Change, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
 
 type Kernel = { enforced: Rules[]; refuse: Error | null; meanwhile: () => void }
 
@@ -74,6 +74,69 @@ t.test('patch and delete keep the original\'s order', async (t) => {
   t.equal(patched.policy.defaultAction, 'allow')
   t.equal((await keeper.remove('["nowhere.example"]')).reason, 'no matching targets found')
   t.same(texts((await keeper.remove('[" Example.COM ", "blocked.com"]')).policy), ['deny *.example.com'])
+})
+
+t.test('how many rules there may be', async (t) => {
+  const many = (count: number) => Array.from({ length: count }, (_, i) => ({ action: 'allow' as const, target: `n${i}.example` }))
+  const patch = (...targets: string[]): string => body(targets.map((target) => ({ target })))
+  const { keeper, kernel } = await setUp(t.testdir({}), { maxRules: 3 })
+  await keeper.put(body({ egress: many(2) }))
+  await keeper.patch(patch('n2.example'))
+  const before = kernel.enforced.length
+  await t.rejects(keeper.patch(patch('n3.example')), { status: 413, message: 'egress rule total count 4 exceeds limit 3' }, 'one more, with those that are there')
+  await t.rejects(keeper.patch(patch('a.b', 'N1.EXAMPLE', 'c.b')), { status: 413, message: 'egress rule total count 5 exceeds limit 3' }, 'two more and one in the place of another')
+  t.equal(kernel.enforced.length, before)
+  t.same(texts(keeper.policy), ['deny n2.example', 'allow n0.example', 'allow n1.example'])
+  await keeper.patch(patch('n1.example', 'N1.example', 'n0.example'))
+  t.same(texts(keeper.policy), ['deny n1.example', 'deny n0.example', 'deny n2.example'], 'those that take the place of others are no more than before')
+
+  const unlimited = await setUp(t.testdir({}), { maxRules: 0 })
+  t.equal((await unlimited.keeper.put(body({ egress: many(5000) }))).policy.egress.length, 5000, '0 is no limit')
+  t.equal((await unlimited.keeper.patch(patch('a.b'))).policy.egress.length, 5001)
+
+  const started = await setUp(t.testdir({}), { maxRules: 3, policy: { defaultAction: 'deny', egress: many(6) } })
+  t.equal((await started.keeper.remove('["n0.example"]')).policy.egress.length, 5, 'whoever was started with more may still remove some')
+})
+
+t.test('targets are compared as text: case and blanks do not count, spelling does', async (t) => {
+  const rows: { why: string; method: 'patch' | 'remove'; base: string[]; targets: string[]; want: string[] }[] = [
+    { why: 'blanks around a patched name', method: 'patch', base: ['a.example', 'b.example'], targets: [' a.example '], want: ['allow a.example', 'deny b.example'] },
+    { why: 'the same name twice, once with blanks', method: 'patch', base: ['b.example'], targets: ['\ta.example', 'A.example '], want: ['allow a.example', 'deny b.example'] },
+    { why: 'a network of one address is not that address', method: 'patch', base: ['1.1.1.1'], targets: ['1.1.1.1/32'], want: ['allow 1.1.1.1/32', 'deny 1.1.1.1'] },
+    { why: 'blanks around a name to remove', method: 'remove', base: ['a.example', 'b.example'], targets: ['\n A.Example '], want: ['deny b.example'] },
+    { why: 'removed once or twice', method: 'remove', base: ['a.example', 'b.example'], targets: ['a.example', 'a.example', 'x.example'], want: ['deny b.example'] },
+    { why: 'neither the names below', method: 'remove', base: ['a.example', '*.a.example'], targets: ['a.example'], want: ['deny *.a.example'] },
+  ]
+  for (const { why, method, base, targets, want } of rows) {
+    const { keeper } = await setUp(t.testdir({}), { policy: { defaultAction: 'deny', egress: base.map((target) => ({ action: 'deny', target })) } })
+    const { policy } = await keeper[method](body(method === 'remove' ? targets : targets.map((target) => ({ action: 'allow', target }))))
+    t.same(texts(policy), want, why)
+    t.same(texts(keeper.policy), want, why)
+  }
+})
+
+t.test('which rules a change named', async (t) => {
+  const { keeper } = await setUp(t.testdir({}))
+  const named = ({ rules }: Change): string[] => rules.map((rule) => `${rule.action} ${rule.target}`)
+  t.same(named(await keeper.put(body({ egress: [{ action: 'allow', target: 'a.example' }, { target: 'b.example' }, { target: 'c.example' }] }))), ['allow a.example', 'deny b.example', 'deny c.example'], 'put: all of the body')
+  t.same(named(await keeper.patch(body([{ action: 'allow', target: 'd.example' }, { action: 'allow', target: 'B.example' }]))), ['allow d.example', 'allow B.example'], 'patch: those of the body, not the others')
+  t.same(named(await keeper.remove('["b.EXAMPLE", "x.example", "a.example"]')), ['allow B.example', 'allow a.example'], 'delete: the rules that are gone, as they were written')
+  t.same(named(await keeper.remove('["a.example"]')), [], 'delete: none is gone')
+  t.same(named(await keeper.put('')), [], 'reset: none')
+})
+
+t.test('a delete that matches nothing applies and writes nothing', async (t) => {
+  const directory = t.testdir({ 'policy.json': 'by hand' })
+  const policyFile = join(directory, 'policy.json')
+  const { keeper, kernel } = await setUp(directory, { policyFile, policy: { defaultAction: 'allow', egress: [{ action: 'deny', target: 'a.example' }] } })
+  const before = statSync(policyFile, { bigint: true })
+  t.same(await keeper.remove('["b.example", "*.a.example"]'), { policy: { defaultAction: 'allow', egress: [{ action: 'deny', target: 'a.example' }] }, reason: 'no matching targets found', rules: [] })
+  t.same(kernel.enforced, [], 'the kernel is not asked')
+  t.equal(readFileSync(policyFile, 'utf8'), 'by hand')
+  const { ino, mtimeNs } = statSync(policyFile, { bigint: true })
+  t.same([ino, mtimeNs], [before.ino, before.mtimeNs], 'the same file, not written again')
+  kernel.refuse = new Error('Invalid argument')
+  t.equal((await keeper.remove('["b.example"]')).reason, 'no matching targets found', 'so nothing can fail')
 })
 
 t.test('changes run one after the other', async (t) => {

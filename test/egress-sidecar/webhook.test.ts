@@ -6,15 +6,15 @@ import type { AddressInfo } from 'node:net'
 import { getCACertificates, setDefaultCACertificates } from 'node:tls'
 import t, { type Test } from 'tap'
 import { createControlPlace } from '../../egress-sidecar/control.ts'
-import { createWebhook } from '../../egress-sidecar/webhook.ts'
+import { createWebhook, defaultAttemptMs } from '../../egress-sidecar/webhook.ts'
 import { makeCertificate } from '../support/certificate.ts'
 import { fakeNft } from './fake-nft.ts'
 import { message, replyFlags, toQuestion, types } from './message.ts'
 
 type Got = { readonly method: string; readonly url: string; readonly type: string; readonly authorization: string; readonly body: string }
 
-/** A receiver that answers with these statuses one after the other, then 204; 'cut' ends the connection, 'hold' waits for `release`. */
-async function receiver(t: Test, ...answers: (number | 'cut' | 'hold')[]) {
+/** A receiver that answers with these statuses one after the other, then 204; 'cut' ends the connection, 'hold' waits for `release`, 'endless' begins one. */
+async function receiver(t: Test, ...answers: (number | 'cut' | 'hold' | 'endless')[]) {
   const got: Got[] = []
   const held: ServerResponse[] = []
   let heard: () => void = () => undefined
@@ -25,6 +25,7 @@ async function receiver(t: Test, ...answers: (number | 'cut' | 'hold')[]) {
     const answer = answers.shift() ?? 204
     if (answer === 'cut') request.socket.destroy()
     else if (answer === 'hold') held.push(response)
+    else if (answer === 'endless') response.writeHead(200).write('x')
     else response.writeHead(answer).end()
     heard()
   })
@@ -44,7 +45,7 @@ async function receiver(t: Test, ...answers: (number | 'cut' | 'hold')[]) {
   }
 }
 
-async function webhookTo(t: Test, url: URL) {
+async function webhookTo(t: Test, url: URL, attemptMs = defaultAttemptMs) {
   const warnings: string[] = []
   const pauses: number[] = []
   let forgotten = 0
@@ -58,6 +59,7 @@ async function webhookTo(t: Test, url: URL) {
       warned()
     },
     pause: async (ms) => void pauses.push(ms),
+    attemptMs,
   })
   t.teardown(() => webhook.close())
   return {
@@ -101,6 +103,26 @@ for (const [answers, posts, waits, warning] of [
     else t.match(warnings, [warning])
   })
 }
+
+t.test('an attempt that is never answered is given up in time', async (t) => {
+  t.equal(defaultAttemptMs, 5000, 'five seconds')
+  const [silent, endless] = [await receiver(t, 'hold', 200), await receiver(t, 'endless')]
+  const told = [await webhookTo(t, silent.url, 500), await webhookTo(t, endless.url, 500)] as const
+  const begun = performance.now()
+  told[0].webhook.denied('a.example')
+  told[1].webhook.denied('b.example')
+  told[1].webhook.denied('c.example')
+  await silent.until(1)
+  await silent.until(2)
+  const took = performance.now() - begun
+  t.ok(took > 450 && took < 3000, `${took.toFixed(0)} ms`)
+  t.same(silent.got.map(({ body }) => (JSON.parse(body) as { hostname: string }).hostname), ['a.example', 'a.example'], 'and made again')
+  t.same([told[0].pauses, told[0].forgotten(), told[0].warnings], [[1000], 1, []])
+  await endless.until(2)
+  t.match(endless.got[1]?.body, /"c\.example"/, 'an answer that never ends holds nobody up for longer')
+  t.ok(performance.now() - begun < 3000)
+  t.same(told[1].warnings, [])
+})
 
 t.test('256 wait, the newest is dropped', async (t) => {
   const peer = await receiver(t, 'hold')
@@ -210,4 +232,13 @@ t.test('a place of our own: addresses and failures', async (t) => {
   t.same([await six.place.reach(), six.asked], ['2001:db8::80', [types.A, types.AAAA]])
   await t.rejects(placeOf('six.example', [{ type: types.AAAA, data: '2001:db8::80', ttl: 60 }], false).place.reach(), /has no address/)
   await t.rejects(placeOf('2001:db8::80', [], false).place.reach(), /has no address/, 'without IPv6 not even as a literal: nobody wipes marks there')
+})
+
+t.test('an answer that never ends costs the next event nothing', async (t) => {
+  const peer = await receiver(t, 'endless')
+  const { webhook, pauses } = await webhookTo(t, peer.url, 500)
+  for (const name of ['a.example', 'b.example', 'c.example']) webhook.denied(name)
+  await peer.until(3)
+  t.same(peer.got.map(({ body }) => (JSON.parse(body) as { hostname: string }).hostname), ['a.example', 'b.example', 'c.example'])
+  t.same(pauses, [])
 })
