@@ -75,7 +75,10 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
     try {
       await file.commit()
     } catch (error) {
-      await enforce(policy, always)
+      // Where the kernel does not take the old one back, it goes on with the new one, and that is what is told.
+      await enforce(policy, always).catch(() => {
+        policy = wanted
+      })
       throw new PolicyRefusal(500, `failed to persist policy: ${(error as Error).message}`, { cause: error })
     }
     policy = wanted
