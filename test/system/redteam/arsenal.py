@@ -182,9 +182,25 @@ def group(address, port, interface="eth0"):
 
 # -- what only raw sockets can do --------------------------------------------------------------------------------------------------
 
+def content(number, host, sport, port):
+    """What makes a packet whole to whoever looks inside: a malformed one could be refused for that alone."""
+    if number == 17:
+        return segment(sport, port)
+    if number == 136:
+        plain = segment(sport, port)
+        pseudo = socket.inet_aton(own_address()) + socket.inet_aton(host) + struct.pack("!BBH", 0, number, len(plain))
+        return plain[:6] + struct.pack("!H", checksum(pseudo + plain) or 0xFFFF) + plain[8:]
+    if number == 1:
+        echo = struct.pack("!BBHHH", 8, 0, 0, 1, 1) + b"knock!"
+        return echo[:2] + struct.pack("!H", checksum(echo)) + echo[4:]
+    if number == 132:
+        return struct.pack("!HHII", sport, port, 0, 0) + struct.pack("!BBHIIHHI", 1, 0, 20, 1, 65536, 1, 1, 1)
+    return b"knock" * 5
+
+
 def raw(number, host, sport="5353", port="443"):
     """A whole IP packet of any protocol."""
-    body = segment(int(sport), int(port)) if int(number) == 17 else b"knock" * 5
+    body = content(int(number), host, int(sport), int(port))
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
         s.sendto(packet(own_address(), host, int(number), body), (host, 0))
         return "sent"
@@ -200,13 +216,20 @@ def tunnel(number, host, inner):
 
 
 def fragments(host, port, order="forward"):
-    """A datagram in two pieces made by hand; the second alone shows no port."""
-    body = segment(5353, int(port), b"x" * 24)
-    pieces = [packet(own_address(), host, 17, body[:16], 0x2000, 77), packet(own_address(), host, 17, body[16:], 2, 77)]
+    """A datagram in two pieces made by hand; the second alone shows no port, and the kernel joins them unless it is told not to."""
+    body, ident = segment(5353, int(port), b"x" * 24), os.getpid() & 0xFFFF
+    pieces = [packet(own_address(), host, 17, body[:16], 0x2000, ident), packet(own_address(), host, 17, body[16:], 2, ident)]
+    said = []
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as s:
-        for piece in {"forward": pieces, "backward": pieces[::-1], "second": pieces[1:]}[order]:
-            s.sendto(piece, (host, 0))
-        return "sent"
+        if order == "apart":
+            s.setsockopt(socket.IPPROTO_IP, 22, 1)
+        for piece in pieces[::-1] if order == "backward" else pieces:
+            try:
+                s.sendto(piece, (host, 0))
+                said.append("sent")
+            except OSError as error:
+                said.append(str(error))
+    return ", ".join(said)
 
 
 def frame(host, port, sport="5353"):
@@ -272,7 +295,12 @@ def set_uid(uid, host, port):
         program = shutil.copy(shutil.which("curl"), folder)
         os.chown(program, int(uid), int(uid))
         os.chmod(program, 0o6755)
-        return subprocess.run([program, "-sS", "-m", str(WAIT), "telnet://%s:%s" % (host, port)], input=b"knock", capture_output=True).stdout.decode()
+        write(folder + "/words", "knock")
+        with open(folder + "/words") as words, subprocess.Popen([program, "-sS", "-m", str(WAIT), "telnet://%s:%s" % (host, port)], stdin=words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            # Ended, but not gone: whom it was run as can still be read.
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            became = [line.split()[2] for line in open("/proc/%d/status" % child.pid) if line.startswith("Uid:")][0]
+            return "as %s, %s" % (became, child.stdout.read().decode())
 
 
 def held_ports():
@@ -328,6 +356,18 @@ def unshared(flags, host, port, need="no"):
         for path, text in (("/proc/self/setgroups", "deny"), ("/proc/self/uid_map", "0 %d 1" % uid), ("/proc/self/gid_map", "0 %d 1" % uid)):
             write(path, text)
     return said + ", " + (raw("17", host) if need == "raw" else udp(host, port))
+
+
+def entered(pid, host, port):
+    """In another process's network namespace, as nsenter does it."""
+    failed = ctypes.CDLL(None, use_errno=True).setns(os.open("/proc/%s/ns/net" % pid, os.O_RDONLY), CLONE_NEWNET) != 0
+    return (os.strerror(ctypes.get_errno()) if failed else "entered") + ", " + udp(host, port)
+
+
+def command(*words):
+    """A program of the sandbox's own."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    return "%d %s" % (done.returncode, done.stderr.strip())
 
 
 def write(path, text):

@@ -1,16 +1,18 @@
 /**
- * The sidecar itself: its policy API, which shares the loopback with the sandbox, and its places, which come free when it dies.
+ * The sidecar itself: its policy API, which shares the loopback with the sandbox, its rules, which stand in the sandbox's namespace, and its
+ * places, which come free when it dies.
  */
+import { execa } from 'execa'
 import t, { type Test } from 'tap'
 import { request } from 'undici'
 import { headerNames } from '#policies/wire.ts'
 import { needs } from '#test/support/abilities.ts'
 import { packetsTo, questionsFor } from '#test/support/attack.ts'
-import { createNetwork, docker, exec } from '#test/support/containers.ts'
+import { createNetwork, docker, exec, type TestNetwork } from '#test/support/containers.ts'
 import { fetchThrough, openDoor } from '#test/support/doors.ts'
-import { startInternet } from '#test/support/internet.ts'
+import { startInternet, type Internet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
-import { startStack, type Sandbox } from '#test/support/stack.ts'
+import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
 import { cloneGroup, policyToken } from './group.ts'
 import { fire, ownName, ownPlace, resolver } from './range.ts'
 
@@ -48,7 +50,28 @@ const requests: readonly [why: string, ...words: string[]][] = [
   ['a body without end', '-H', 'Transfer-Encoding: chunked', '-d', allowAll, 'http://127.0.0.1:18080/policy'],
 ]
 
-t.test('the policy API from inside', async (t) => {
+/** Programs that would take the rules away or lead around them; the last one leaves nothing of them. */
+const changes: readonly [why: string, ...words: string[]][] = [
+  ["a rule before the sidecar's, iptables", 'iptables', '-I', 'OUTPUT', '-j', 'ACCEPT'],
+  ['the rules that wipe marks', 'iptables', '-t', 'raw', '-F'],
+  ["Docker's rules", 'iptables', '-t', 'nat', '-F'],
+  ["a rule before the sidecar's, nft", 'nft', 'insert', 'rule', 'inet', 'opensandbox', 'egress', 'accept'],
+  ['an address among the learned ones', 'nft', 'add', 'element', 'inet', 'opensandbox', 'dyn_allow_v4', '{ 198.18.0.9 }'],
+  ['a chain of its own before all', 'nft', 'add table inet own; add chain inet own out { type filter hook output priority -400; }'],
+  ["the resolver's address on the loopback", 'ip', 'address', 'add', '198.51.100.53/32', 'dev', 'lo'],
+  ['another address of the interface', 'ip', 'address', 'add', '10.66.6.6/8', 'dev', 'eth0'],
+  ['another hardware address', 'ip', 'link', 'set', 'eth0', 'address', '02:42:ac:66:66:66'],
+  ['packets of another size', 'ip', 'link', 'set', 'eth0', 'mtu', '600'],
+  ['a pair of interfaces', 'ip', 'link', 'add', 'own0', 'type', 'veth', 'peer', 'name', 'own1'],
+  ['a route', 'ip', 'route', 'add', '198.18.0.9', 'dev', 'lo'],
+  ['a rule for routes', 'ip', 'rule', 'add', 'pref', '9', 'lookup', 'main'],
+  ['a queue', 'tc', 'qdisc', 'add', 'dev', 'eth0', 'root', 'pfifo'],
+  ['the loopback put down', 'ip', 'link', 'set', 'lo', 'down'],
+  ["the sidecar's table", 'nft', 'delete', 'table', 'inet', 'opensandbox'],
+  ['every rule there is', 'nft', 'flush', 'ruleset'],
+]
+
+t.test('the policy API and the rules, from inside', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet, gateways: ['auto'] })
   const guarded = await stack.create({ networkPolicy })
@@ -80,6 +103,9 @@ t.test('the policy API from inside', async (t) => {
     }
   }
   t.same(await readPolicy(guarded, token), before)
+
+  await t.test('rules, addresses, links and routes', (t) => tryChanges(t, stack, internet, network, guarded))
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 t.test('the places of a dead sidecar', async (t) => {
@@ -97,7 +123,7 @@ t.test('the places of a dead sidecar', async (t) => {
   for (const port of [15353, 18080]) t.match(output, new RegExp(`took \\S+ ${port}`), `port ${port} was taken`)
   t.match(output, 'answered itself', 'and questions of the sandbox found the squatter')
   t.equal(seen, 0, 'nothing gets out even then')
-  t.equal(await internet.strays(), 0)
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 
   async function takeOver(t: Test, signal: string): Promise<void> {
     const guarded = await stack.create({ networkPolicy })
@@ -153,4 +179,40 @@ if heard: print("answered itself",flush=True)
 async function readPolicy(sandbox: Sandbox, token: string): Promise<unknown> {
   const answer = await request(`http://${sandbox.address}:18080/policy`, { headers: { [headerNames.egressAuth]: token } })
   return answer.body.json()
+}
+
+async function tryChanges(t: Test, stack: Stack, internet: Internet, network: TestNetwork, guarded: Sandbox): Promise<void> {
+  const victim = await stack.create({ networkPolicy })
+  const admin = await network.run({ HostConfig: { NetworkMode: `container:${victim.sidecar}`, CapAdd: ['NET_ADMIN'] } })
+  const lone = await network.run({ HostConfig: { NetworkMode: 'none', PidMode: 'host', CapAdd: ['SYS_ADMIN', 'SYS_PTRACE'], SecurityOpt: ['seccomp=unconfined', 'apparmor=unconfined'] } })
+  const [place, hosts] = [ownPlace(), ownPlace()]
+  const enter = ['1', String(process.pid)].map((pid) => ['entered', pid, hosts, '443'])
+
+  for (const [why, ...words] of changes) {
+    const before = await namespaceOf(victim)
+    const { code, stderr } = await exec(admin.id, words)
+    t.ok(code === 0 && (await namespaceOf(victim)) !== before, `${why}: changed by whoever has NET_ADMIN`, { code, stderr })
+  }
+  await internet.forget()
+  await fire(admin.id, [['udp', place, '443']])
+  const said = await fire(lone.id, enter.slice(1))
+  const flows = await internet.flows()
+  t.ok(packetsTo(flows, place) > 0, 'and then everything is open')
+  t.ok(packetsTo(flows, hosts) > 0, "and whoever may look into the host's processes leaves by their namespace", { said })
+
+  const before = await namespaceOf(guarded)
+  await internet.forget()
+  const refused = await fire(guarded.main, [...changes.map(([, ...words]) => ['command', ...words]), ...enter])
+  await fire(guarded.main, [['udp', place, '443'], ['tcp', place, '443']])
+  for (const [i, [why]] of changes.entries()) t.match(refused[i], /^[1-9]/, `${why}: refused in a sandbox with a policy`)
+  t.equal(await namespaceOf(guarded), before, 'everything is as it was')
+  const after = await internet.flows()
+  t.same([packetsTo(after, place), packetsTo(after, hosts)], [0, 0], 'and nothing is open', { refused })
+}
+
+/** Everything that decides where a packet of a sandbox goes, read from the host; without counters and clocks. */
+async function namespaceOf(sandbox: Sandbox): Promise<string> {
+  const { State } = await docker.getContainer(sandbox.main).inspect()
+  const list = 'nft -s list ruleset; ip -o link; ip -o address; ip route show table all; ip rule'
+  return (await execa`nsenter -t ${State.Pid} -n sh -c ${list}`).stdout
 }

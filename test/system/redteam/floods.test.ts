@@ -65,23 +65,26 @@ t.test('floods', async (t) => {
   t.ok((HostConfig.Memory ?? 0) > 0 && (HostConfig.Memory ?? 0) <= 2 ** 29 && (HostConfig.PidsLimit ?? 0) > 0, 'and has limits', { memory: HostConfig.Memory, pids: HostConfig.PidsLimit })
   await run(free, ['knock'])
   t.ok(packetsTo(await internet.flows(), denied) > 0, 'without a policy the denied place is reached')
-  for (const [why, program, least] of floods) await t.test(why, (t) => flood(t, { internet, flooder, neighbour }, program, least))
+  const calm = await run(neighbour, ['look', 'slowly'])
+  t.match(calm, served, `nobody floods yet: ${calm}`)
+  const quiet = medianOf(calm)
+  for (const [why, program, least] of floods) await t.test(why, (t) => flood(t, { internet, flooder, neighbour, quiet }, program, least))
   const { State: after } = await docker.getContainer(flooder.sidecar!).inspect()
   t.same([after.Running, after.OOMKilled, after.StartedAt], [true, false, before.StartedAt], 'the sidecar lived through all of it')
-  t.equal(await internet.strays(), 0)
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
-async function flood(t: Test, { internet, flooder, neighbour }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox }, program: string, least: number): Promise<void> {
+async function flood(t: Test, { internet, flooder, neighbour, quiet }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox; quiet: number }, program: string, least: number): Promise<void> {
   await internet.forget()
   const flooding = run(flooder, ['flood', 'knock'], program)
   // Whoever tightens a policy in the middle of it comes from the host, as here.
   let heard = 0
   for (let i = 0; i < 10; i++) heard += (await request(`http://${flooder.address}:18080/healthz`, { reset: true, headersTimeout: 2000 }).then(({ statusCode, body }) => body.dump().then(() => statusCode), () => 0)) === 200 ? 1 : 0
   t.equal(heard, 10, 'its policy API has room for the server all the while')
-  const looked = await run(neighbour, ['look'])
+  const looked = await run(neighbour, ['look', 'slowly'])
   t.match(looked, served, 'the neighbour asks and connects as always')
-  // A machine of two processors is shared with two threads of the flood: what is bounded is that nobody waits behind their questions.
-  t.ok(medianOf(looked) < 250, `and waits ${medianOf(looked)} ms for both`)
+  // Processors are shared with two threads of the flood, so it need not be as fast as before: what it shows is that nobody stands in line behind a flood.
+  t.ok(medianOf(looked) < Math.max(100, 10 * quiet), `and waits ${medianOf(looked)} ms for both, ${quiet} ms when nobody floods`)
   const done = Number(await flooding)
   t.ok(done >= least, `it was a flood: ${done}`)
   t.equal(packetsTo(await internet.flows(), denied), 0, 'the denied place heard nothing')
@@ -95,8 +98,8 @@ const served = new RegExp(`^${lookups} of ${lookups}, `)
 /** ms of the usual question and connection, as `look` says them. */
 const medianOf = (looked: string): number => Number(/ ([\d.]+) ms$/.exec(looked)?.[1] ?? NaN)
 
-/** knock: at the denied place all the time; flood: two threads of it; look: ask and connect, so many times. */
-async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look')[], program = ''): Promise<string> {
+/** knock: at the denied place all the time; flood: two threads of it; look: ask and connect, so many times, slowly: all through a flood. */
+async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look' | 'slowly')[], program = ''): Promise<string> {
   const { stdout, stderr, code } = await sandbox.run(['python3', '-c', `${prelude}${program}\n${main}`, ...what], 60)
   if (code !== 0) throw new Error(`${what.join()} ended with ${code}: ${stderr}`)
   return stdout.trim()
@@ -125,6 +128,7 @@ def look():
       socket.create_connection(address,5).close(); good+=1
     except OSError as error: print(error,file=sys.stderr)
     times.append(1000*(time.monotonic()-begin))
+    if "slowly" in sys.argv: time.sleep(0.04)
   print("%d of ${lookups}, median %.1f ms"%(good,sorted(times)[len(times)//2]))
 counts=[]
 threads=[]

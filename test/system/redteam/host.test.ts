@@ -28,7 +28,7 @@ t.test('the host', async (t) => {
   await using stack = await startStack({ internet, gateways: ['auto'] })
   const sandboxes = await Promise.all(Object.entries(kinds).map(async ([kind, networkPolicy]) => [kind, await stack.create(networkPolicy === undefined ? {} : { networkPolicy })] as const))
   await using watch = await watchHost([network.bridge, stack.bridge])
-  const ports = { 'the lifecycle server': new URL(stack.api.url).port, 'the gateway': new URL(stack.gateways.get('auto')!.url).port, 'the Docker API': '2375', SSH: '22', 'a published port': '32768' }
+  const ports = { 'the lifecycle server': new URL(stack.api.url).port, 'the gateway': new URL(stack.gateways.get('auto')!.url).port, 'the Docker API': '2375', SSH: '22', 'a port that Docker would publish (a real one: ../neighbours.test.ts)': '32768' }
 
   const tries: [why: string, words: string[], sign: string][] = [...own, bridgeAddress(stack.bridge)].flatMap((address, i) => [
     ...Object.entries(ports).map(([what, port]) => [`${what} at ${address}`, ['tcp', address, port, 'GET / HTTP/1.0\r\nHost: x.sandbox.localhost\r\n\r\n'], `tcp ${address} ${port}`] as [string, string[], string]),
@@ -45,12 +45,13 @@ t.test('the host', async (t) => {
     for (const [i, [why, , sign]] of tries.entries()) t.notOk(seen.has(sign), `${why}: does not come to the host from a sandbox ${kind}`, { said: said[i] })
     t.equal(seen.size, 0, `nor does anything else from a sandbox ${kind}`, { seen: [...seen] })
   }
-  t.equal(await internet.strays(), 0)
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 t.test('everybody on the link', async (t) => {
   await using internet = await startInternet()
   await using network = await createNetwork('link')
+  await internet.fence(network.bridge)
   const [plain, target] = [await network.run(), await network.run()]
   await using stack = await startStack({ internet })
   const sandboxes = await Promise.all(Object.entries(kinds).map(async ([kind, networkPolicy]) => [kind, await stack.create(networkPolicy === undefined ? {} : { networkPolicy })] as const))
@@ -80,6 +81,7 @@ t.test('everybody on the link', async (t) => {
     const { stdout } = await sandbox.run(['cat', '/proc/net/if_inet6'])
     t.notMatch(stdout, 'eth0', `a sandbox ${kind} has no IPv6 on the link, not even link-local`)
   }
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 /** The host's IPv4 addresses that a container can send to. */

@@ -5,6 +5,7 @@
 import { execa } from 'execa'
 import t from 'tap'
 import { needs } from '#test/support/abilities.ts'
+import { packetsTo } from '#test/support/attack.ts'
 import { netns } from '#test/support/internet-layout.ts'
 import { startInternet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
@@ -29,12 +30,19 @@ const lies: Row<typeof open>[] = [
   reaches('an address in the additional section', open, (to) => [...told('additional.wild.example'), 'udp', to, '80'], '198.18.88.3'),
   reaches('an address of another class', open, (to) => [...told('chaos.wild.example'), 'udp', to, '80'], '198.18.88.4'),
   reaches('the address hint of an HTTPS record', open, (to) => [...told('hint.wild.example', '65'), 'udp', to, '443'], '198.18.88.5'),
-  reaches('the address hint of an SVCB record', open, (to) => [...told('hint.wild.example', '64'), 'tcp', to, '443'], '198.18.88.5'),
+  reaches('the address hint of an SVCB record', open, (to) => [...told('service.wild.example', '64'), 'tcp', to, '443'], '198.18.88.11'),
   reaches('an alias that is in no zone of the policy but has a NUL', open, (to) => [...told('nul.wild.example'), 'udp', to, '80'], '198.18.88.6'),
   reaches('aliases in a circle, with an address', open, (to) => [...told('circle.wild.example'), 'udp', to, '80'], '198.18.88.7'),
   reaches('an address record of five bytes', open, (to) => [...told('long.wild.example'), 'udp', to, '80'], '198.18.88.8'),
   reaches('an alias of a denied name', open, (to) => [...told('alias.wild.example'), 'udp', to, '80'], '198.18.88.9'),
   reaches('the answer to another question', open, (to) => [...told('other.wild.example'), 'udp', to, '80'], '198.18.88.10'),
+]
+/** What such an answer says beside the lie, and one that does not lie at all. */
+const truths: readonly [why: string, name: string, address: string][] = [
+  ['beside an address of another owner', 'stray.wild.example', '198.18.89.1'],
+  ['beside an address in the authority section', 'authority.wild.example', '198.18.89.2'],
+  ['beside an address in the additional section', 'additional.wild.example', '198.18.89.3'],
+  ['alone', 'honest.wild.example', '198.18.89.4'],
 ]
 
 t.test('a resolver that lies', async (t) => {
@@ -43,7 +51,19 @@ t.test('a resolver that lies', async (t) => {
   await using stack = await startStack({ internet, config: { egress: { dns_upstreams: [`${liar.address}:${liar.port}`] } } })
   const free = await stack.create()
   const guarded = await stack.create({ networkPolicy })
+  const knock = async (): Promise<number[]> => {
+    await internet.forget()
+    await fire(guarded.main, truths.map(([, , address]) => ['udp', address, '80']))
+    const flows = await internet.flows()
+    return truths.map(([, , address]) => packetsTo(flows, address))
+  }
+  t.same(await knock(), truths.map(() => 0), 'nothing is open before anybody asked')
   await attack(t, { internet, places: { [open]: free.main }, guarded: new Map([['a sandbox with a policy', guarded.main]]) }, lies)
+  // Without a policy the sandbox told each question to the liar itself, once.
+  for (const { why, words } of lies) t.ok(server.asked(words[2] ?? '') > 1, `${why}: the sidecar was told the lie`)
+  await fire(guarded.main, truths.map(([, name]) => ['ask', name, '127.0.0.11']))
+  const reached = await knock()
+  for (const [i, [why]] of truths.entries()) t.ok((reached[i] ?? 0) > 0, `an honest address ${why} is opened`)
 
   await t.test('what reaches the sandbox of an HTTPS record', async (t) => {
     const [direct] = await fire(free.main, [['hints', 'hint.wild.example', liar.address, liar.port]])
@@ -59,6 +79,7 @@ t.test('a resolver that lies', async (t) => {
     await fire(free.main, [['ask', 'direct.leak.example', liar.address, liar.port]])
     t.ok(await eventually('it hears the question', async () => (server.asked('direct.leak.example') > 0 ? true : undefined)), 'without a policy it is open')
   })
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 /** A DNS server in the internet that answers by the first label of the name; packets to its port are not tracked there, so the internet's own echo does not take them. */
@@ -84,6 +105,7 @@ def wire(name): return b"".join(bytes([len(p)])+p for p in name.split(b"."))+b"\
 def rr(owner,kind,data,klass=1): return owner+struct.pack("!HHIH",kind,klass,60,len(data))+data
 def a(n): return socket.inet_aton("198.18.88.%d"%n)
 me=b"\\xc0\\x0c"
+def true(n): return rr(me,1,socket.inet_aton("198.18.89.%d"%n))
 while True:
   q,peer=s.recvfrom(999)
   at,labels=12,[]
@@ -92,14 +114,15 @@ while True:
   print(b".".join(labels).decode("latin1").lower(),flush=True)
   ask,body,counts=q[12:end],b"",[0,0,0]
   first=labels[0].lower() if labels else b""
-  if kind in (64,65) and first==b"hint":
-    svc=struct.pack("!H",1)+b"\\0"+struct.pack("!HH",1,3)+b"\\2h2"+struct.pack("!HH",4,4)+a(5)+struct.pack("!HH",5,4)+b"\\0\\1\\2\\3"+struct.pack("!HH",6,16)+socket.inet_pton(socket.AF_INET6,"2001:db8::5")
+  if (kind,first) in ((64,b"service"),(65,b"hint")):
+    svc=struct.pack("!H",1)+b"\\0"+struct.pack("!HH",1,3)+b"\\2h2"+struct.pack("!HH",4,4)+a(5 if kind==65 else 11)+struct.pack("!HH",5,4)+b"\\0\\1\\2\\3"+struct.pack("!HH",6,16)+socket.inet_pton(socket.AF_INET6,"2001:db8::5")
     body,counts=rr(me,kind,svc),[1,0,0]
   elif kind==1:
     other=wire(b"bank.example")
-    if first==b"stray": body,counts=rr(me,1,socket.inet_aton("198.18.89.1"))+rr(other,1,a(1)),[2,0,0]
-    elif first==b"authority": body,counts=rr(me,1,socket.inet_aton("198.18.89.1"))+rr(me,1,a(2)),[1,1,0]
-    elif first==b"additional": body,counts=rr(me,1,socket.inet_aton("198.18.89.1"))+rr(me,1,a(3)),[1,0,1]
+    if first==b"stray": body,counts=true(1)+rr(other,1,a(1)),[2,0,0]
+    elif first==b"authority": body,counts=true(2)+rr(me,1,a(2)),[1,1,0]
+    elif first==b"additional": body,counts=true(3)+rr(me,1,a(3)),[1,0,1]
+    elif first==b"honest": body,counts=true(4),[1,0,0]
     elif first==b"chaos": body,counts=rr(me,1,a(4),3),[1,0,0]
     elif first==b"nul": x=b"\\5a\\0b.c\\4wild\\7example\\0"; body,counts=rr(me,5,x)+rr(x,1,a(6)),[2,0,0]
     elif first==b"circle": x=wire(b"x.wild.example"); body,counts=rr(me,5,x)+rr(x,5,wire(b"circle.wild.example"))+rr(me,1,a(7)),[3,0,0]

@@ -3,6 +3,7 @@
  * "As if it had run out" is done from outside, as root of the host, so that nobody waits a minute.
  */
 import { execa } from 'execa'
+import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { needs } from '#test/support/abilities.ts'
 import { packetsTo } from '#test/support/attack.ts'
@@ -20,7 +21,9 @@ t.setTimeout(200_000)
 const names = 200
 const connections = 1000
 const crowd = Object.fromEntries(Array.from({ length: names }, (_, i) => [`n${i}.crowd.example`, { a: [`198.18.60.${i}`] }]))
-const zones = { ...crowd, 'allowed.example': { a: ['198.51.100.10'] }, 'short.example': { a: ['198.51.100.12'], ttl: 0 } }
+/** Allowed as well, and known to nobody: their names are not asked for. */
+const unasked = Object.fromEntries(Array.from({ length: 50 }, (_, i) => [`quiet${i}.crowd.example`, { a: [`198.18.61.${i}`] }]))
+const zones = { ...crowd, ...unasked, 'allowed.example': { a: ['198.51.100.10'] }, 'short.example': { a: ['198.51.100.12'], ttl: 0 } }
 const allow = (...targets: string[]): { defaultAction: string; egress: { action: string; target: string }[] } => ({ defaultAction: 'deny', egress: targets.map((target) => ({ action: 'allow', target })) })
 
 t.test('a thousand first connections to two hundred names', async (t) => {
@@ -33,14 +36,22 @@ t.test('a thousand first connections to two hundred names', async (t) => {
   await fire(guarded.main, [['steps', ...places.flatMap((place) => ['flood', place, '80', '2', '0', ';'])]])
   t.same((await internet.flows()).filter(({ to }) => to.startsWith('198.18.60.')), [], 'none early')
 
-  // 2. everybody at once: each asks, and connects the moment it knows
+  // 2. everybody at once: each asks, and connects the moment it knows; all the while somebody knocks at places that nobody asked for
   await internet.forget()
+  const knocking = guarded.run(['python3', '-c', knocks], 80)
+  await eventually('somebody knocks', async () => ((await guarded.run(['test', '-e', '/tmp/knocking'])).code === 0 ? true : undefined))
   const { stdout, stderr } = await exec(guarded.main, ['node', '-e', crowdProgram, String(names), String(connections)], 60)
+  await guarded.run(['touch', '/tmp/served'])
+  const knocked = Number((await knocking).stdout)
   const result = JSON.parse(stdout || 'null') as { ok: number; errors: Record<string, number> } | null
   t.same(result, { ok: connections, errors: {} }, 'none refused', { stderr })
   const seen = await internet.flows()
   t.equal(new Set(seen.filter(({ to, protocol }) => to.startsWith('198.18.60.') && protocol === 'tcp').map(({ to }) => to)).size, names, 'and each place was reached')
-  t.equal(await internet.strays(), 0)
+  t.ok(knocked > 5, `each place that nobody asked for was knocked at ${knocked} times meanwhile, by TCP and by UDP`)
+  t.same(seen.filter(({ to }) => to.startsWith('198.18.61.')), [], 'and not one packet came there')
+  await fire(guarded.main, [['steps', ...Object.entries(unasked).flatMap(([name, { a }]) => ['ask', name, '127.0.0.11', ';', 'flood', a[0]!, '443', '1', '0', ';'])]])
+  t.equal(new Set((await internet.flows()).filter(({ to }) => to.startsWith('198.18.61.')).map(({ to }) => to)).size, 50, 'until somebody asks')
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 t.test('a policy that is tightened while data flows', async (t) => {
@@ -56,14 +67,24 @@ t.test('a policy that is tightened while data flows', async (t) => {
   const guarded = await stack.create({ networkPolicy: allow('allowed.example') })
   for (const [why, change] of changes) {
     await changePolicy(guarded, 'POST', allow('allowed.example'))
-    const running = guarded.run(['python3', '-c', transfer], 12)
-    await eventually('data flows both ways', async () => ((await internet.exchanges()).filter(({ bytes }) => bytes > 100_000).length >= 1 ? true : undefined))
+    const running = guarded.run(['python3', '-c', transfer], 30)
+    await eventually('data flows', async () => {
+      const seen = await internet.exchanges()
+      return seen.some(({ bytes }) => bytes > 100_000) && seen.some(({ server }) => server === 'udp-echo') ? true : undefined
+    })
     await change(guarded)
     await internet.forget()
+    // What is tried after this file is there is judged by what arrives after the line above.
+    await guarded.run(['touch', '/tmp/tightened'])
+    await delay(1000)
+    await guarded.run(['touch', '/tmp/over'])
     const said = await running
     const flows = (await internet.flows()).filter(({ to }) => to === '198.51.100.10')
     t.same(flows, [], `${why}: not one packet of TCP or UDP arrives any more`, { said: said.stdout + said.stderr })
+    const { datagrams, connections } = JSON.parse(said.stdout || '{}') as { datagrams?: number; connections?: number }
+    t.ok(datagrams !== undefined && datagrams > 20 && connections !== undefined && connections > 2, `of ${datagrams} datagrams and ${connections} new connections that were tried`, { said: said.stdout + said.stderr })
   }
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 t.test('flows that the kernel remembers', async (t) => {
@@ -101,6 +122,7 @@ t.test('flows that the kernel remembers', async (t) => {
       t.same(flows, [], `${protocol}: not one packet answers it, not even half a handshake`, { said: said.stdout + said.stderr, heard: knocker.heard() })
     }
   })
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
 /** Runs a program of the host in a sandbox's network namespace. */
@@ -127,28 +149,59 @@ const one = async (i) => {
 Promise.all(Array.from({ length: count }, (_, i) => one(i).catch((error) => { errors[error.code ?? error.message] = (errors[error.code ?? error.message] ?? 0) + 1 }))).then(() => console.log(JSON.stringify({ ok, errors })))
 `
 
-/** Sends and receives over TCP and UDP without a pause until both are cut. */
+/** Knocks at the places whose names nobody asks for until the crowd is served; says how often at each. */
+const knocks = `
+import os,socket,time
+rounds=0; end=time.time()+70
+while not os.path.exists("/tmp/served") and time.time()<end:
+  for i in range(50):
+    for kind in (socket.SOCK_DGRAM,socket.SOCK_STREAM):
+      s=socket.socket(socket.AF_INET,kind); s.setblocking(False)
+      try: s.connect(("198.18.61.%d"%i,443)); s.send(b"knock")
+      except OSError: pass
+      s.close()
+    time.sleep(0.002)
+  rounds+=1; open("/tmp/knocking","w").close()
+print(rounds)
+`
+
+/** Sends and receives over TCP and UDP, and once the policy is tightened connects anew as well, without a pause until it is told to end; says what was tried since. */
 const transfer = `
-import socket,threading,time
+import json,os,socket,threading,time
+for path in ("/tmp/tightened","/tmp/over"):
+  if os.path.exists(path): os.unlink(path)
 address=socket.getaddrinfo("allowed.example",80,socket.AF_INET)[0][4][0]
-def tcp():
+end=time.time()+25
+tightened=lambda: os.path.exists("/tmp/tightened")
+def attempts(pause):
+  while not os.path.exists("/tmp/over") and time.time()<end: yield tightened(); time.sleep(pause)
+tried={"written":0,"datagrams":0,"connections":0}
+def stream():
   s=socket.create_connection((address,5000),3); s.settimeout(2)
-  threading.Thread(target=lambda: [s.recv(65536) for _ in range(10**6)],daemon=True).start()
-  while True: s.sendall(b"x"*4000); time.sleep(0.001)
-def udp():
+  threading.Thread(target=drain,args=(s,),daemon=True).start()
+  try:
+    for after in attempts(0.001): s.sendall(b"x"*4000); tried["written"]+=after
+  except OSError as error: tried["cut"]=str(error)
+def drain(s):
+  try:
+    while s.recv(65536): pass
+  except OSError: pass
+def datagrams():
   s=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); s.setblocking(False)
-  while time.time()<end:
+  for after in attempts(0.002):
     try: s.sendto(b"x"*100,(address,5001))
     except OSError: pass
-    time.sleep(0.002)
-end=time.time()+2.5
-threading.Thread(target=udp,daemon=True).start()
-try: tcp()
-except OSError as error: print(error)
-# Whoever was cut tries again.
-while time.time()<end:
-  try: socket.create_connection((address,5000),0.2).sendall(b"again")
-  except OSError: time.sleep(0.05)
+    tried["datagrams"]+=after
+def connections():
+  for after in attempts(0.02):
+    if not after: continue
+    try: socket.create_connection((address,5000),0.2).sendall(b"again")
+    except OSError: pass
+    tried["connections"]+=1
+threads=[threading.Thread(target=each) for each in (stream,datagrams,connections)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps(tried))
 `
 
 /** One packet while it is allowed, then nothing but answers. */
