@@ -33,11 +33,15 @@ def flood(n):
 def flood(n):
   held=[]; done=0
   while time.time()<end:
-    try:
-      s=socket.create_connection(("127.0.0.1",(15353,18080)[done%2]),1); s.sendall((b"\\1",b"POST /policy HTTP/1.1\\r\\n")[done%2]); held.append(s); done+=1
-    except OSError: done+=1
+    s=socket.socket(); s.setblocking(False)
+    try: s.connect(("127.0.0.1",(15353,18080)[done%2]))
+    except OSError: pass
+    held.append(s); done+=1
+    if len(held)>50:
+      try: held[-50].send((b"\\1",b"POST /policy HTTP/1.1\\r\\n")[(done-50)%2])
+      except OSError: pass
     if len(held)>200: held.pop(0).close()
-  return done`, 300],
+  return done`, 2000],
   // A connection is remembered for every address of the loopback that was sent to; the processes end when the table is full.
   ["the namespace's table of connections", `
 def flood(n):
