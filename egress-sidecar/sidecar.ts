@@ -45,7 +45,7 @@ export class StartError extends Error {
 }
 
 /** The operator's files are looked at this often; the original promises 60 s. */
-const reloadMs = 30_000
+const reloadMs = 10_000
 
 /** @param lost called once it is running, when it can no longer vouch for the rules: it must be closed */
 export function createSidecar(config: Config, log: Log, lost: (reason: string) => void): Sidecar {
