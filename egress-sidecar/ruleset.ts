@@ -67,8 +67,8 @@ const repliesToOutside = `meta l4proto tcp ct state established ct direction rep
  * Anybody may bind an IPv6 socket to an address that is not there (IPV6_FREEBIND), and over the loopback nobody looks at the source: our own
  * sockets would take its datagrams for the resolver's. IPv4 is looked at by the kernel. Only UDP: the resets of `denied` come from afar, too.
  */
-const stays = 'oif "lo" goto inside'
 const foreignSource = 'meta nfproto ipv6 meta l4proto udp fib saddr type != local'
+const stays = 'oif "lo" goto inside'
 const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr ::1 drop']
 
 const table = 'inet opensandbox'
