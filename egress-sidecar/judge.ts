@@ -2,7 +2,7 @@
  * May an address that came back for an allowed name be opened? The policy's own verdict, and two kinds of places that a name must
  * not lead to by accident under default deny: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
  */
-import { canonicalAddress, NetworkTable, readNetwork, type Network } from '#policies/address.ts'
+import { formatAddress, NetworkTable, readAddress, readNetwork, type Address, type Network } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
 import type { Verdict } from '#policies/verdict.ts'
@@ -17,6 +17,7 @@ const maxRemembered = 8192
 export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
   const table = new NetworkTable()
   for (const text of resolvers) table.add(readNetwork(text) as Network, 0)
+  const allowed = (rules: Rules, address: Address): boolean => decideLearned(rules, address).action === 'allow' && (rules.defaultAction === 'allow' || table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
   let remembered = new Map<string, string | null>()
   let rememberedFor: Rules | null = null
 
@@ -27,8 +28,9 @@ export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
     }
     const before = remembered.get(address)
     if (before !== undefined) return before
-    const allowed = decideLearned(rules, address).action === 'allow' && (rules.defaultAction === 'allow' || table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
-    const opened = allowed ? canonicalAddress(address) : null
+    // Read once: an answer may bring thousands of them.
+    const read = readAddress(address)
+    const opened = read !== null && allowed(rules, read) ? formatAddress(read) : null
     remembered.set(address, opened)
     return opened
   }

@@ -20,9 +20,9 @@ const mappedPrefix = 0xffffn
 export function readAddress(text: string): Address | null {
   const four = readFour(text)
   if (four !== -1) return { family: 4, value: four, mapped: false }
-  if (!text.includes(':') || text.includes('%') || !ipaddr.IPv6.isValid(text)) return null
-  let six = 0n
-  for (const part of ipaddr.IPv6.parse(text).parts) six = (six << 16n) | BigInt(part)
+  if (!text.includes(':') || text.includes('%')) return null
+  const six = readSix(text)
+  if (six === null) return null
   return six >> 32n === mappedPrefix ? { family: 4, value: Number(six & 0xffffffffn), mapped: true } : { family: 6, value: six, mapped: false }
 }
 
@@ -47,14 +47,25 @@ function readFour(text: string): number {
   return dots === 3 && part !== -1 ? value * 256 + part : -1
 }
 
+function readSix(text: string): bigint | null {
+  try {
+    let value = 0n
+    for (const part of ipaddr.IPv6.parse(text).parts) value = (value << 16n) | BigInt(part)
+    return value
+  } catch {
+    return null
+  }
+}
+
 /** The one spelling of an address (RFC 5952 for IPv6, IPv4 for v4-mapped), or null when the text is not an address. */
 export function canonicalAddress(text: string): string | null {
   const address = readAddress(text)
   if (address === null) return null
-  return address.family === 4 && !address.mapped ? text : format(address)
+  return address.family === 4 && !address.mapped ? text : formatAddress(address)
 }
 
-function format(address: Address | Network): string {
+/** The same of an address that was read before. Of a network: its first one. */
+export function formatAddress(address: Address | Network): string {
   const { family, value } = address
   if (family === 4) return `${value >>> 24}.${(value >>> 16) & 255}.${(value >>> 8) & 255}.${value & 255}`
   const parts: number[] = []
@@ -91,7 +102,7 @@ export function readNetwork(text: string): Network | null {
 
 /** Canonical text of a network; a network of one address is written without its prefix. */
 export function formatNetwork(network: Network): string {
-  const address = format(network)
+  const address = formatAddress(network)
   return network.prefix === (network.family === 4 ? 32 : 128) ? address : `${address}/${network.prefix}`
 }
 

@@ -20,8 +20,8 @@ export function decideName(rules: Rules, name: string | null): Verdict {
 }
 
 /** May this address be reached directly? The floor and every deny rule win, then allow rules, then the default. */
-export function decideAddress(rules: Rules, text: string): Verdict {
-  const address = readAddress(text)
+export function decideAddress(rules: Rules, place: string | Address): Verdict {
+  const address = typeof place === 'string' ? readAddress(place) : place
   if (address === null) return malformed
   return deniedAddress(rules, address) ?? allowedAddress(rules, address) ?? byDefault(rules)
 }
@@ -30,8 +30,8 @@ export function decideAddress(rules: Rules, text: string): Verdict {
  * May an address that came back for an allowed name be opened? Floor and deny rules refuse it; a special-use address (rebinding)
  * needs an allow rule that covers it.
  */
-export function decideLearned(rules: Rules, text: string): Verdict {
-  const address = readAddress(text)
+export function decideLearned(rules: Rules, place: string | Address): Verdict {
+  const address = typeof place === 'string' ? readAddress(place) : place
   if (address === null) return malformed
   const ruled = deniedAddress(rules, address) ?? allowedAddress(rules, address)
   if (ruled !== null) return ruled

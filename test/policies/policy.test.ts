@@ -1,6 +1,6 @@
 /** The networkPolicy document and what follows from it: each row a document, a place, the verdict and its reason. */
 import t from 'tap'
-import { canonicalAddress, isSpecialUse, NetworkTable, specialUseNetworks } from '#policies/address.ts'
+import { canonicalAddress, isSpecialUse, NetworkTable, readAddress, specialUseNetworks } from '#policies/address.ts'
 import { compilePolicy, type Layers } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
 import { readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
@@ -113,6 +113,8 @@ t.test('addresses', async (t) => {
   for (const [address, direct, learned] of rows) {
     t.same(decideAddress(rules, address), direct, address)
     t.same(decideLearned(rules, address), learned ?? direct, `${address}, learned`)
+    const read = readAddress(address)
+    if (read !== null) t.same([decideAddress(rules, read), decideLearned(rules, read)], [direct, learned ?? direct], `${address}, read before`)
   }
   t.same([rules.allow4, rules.allow6], [['10.0.0.0/8', '10.1.2.3', '0.0.0.0/0'], ['2001:db8::/32']])
   t.same([rules.deny4, rules.deny6], [['10.1.0.0/16', '198.51.100.7', '255.255.255.255', '169.254.169.254', '10.9.0.0/16'], []], 'the kernel denies the floor, too')
