@@ -3,7 +3,7 @@
  * Unknown tables and keys are ignored, as in the original, so that its files load here.
  */
 import { readFileSync } from 'node:fs'
-import { homedir } from 'node:os'
+import { cpus, homedir } from 'node:os'
 import { parse, TomlError } from 'smol-toml'
 import ipaddr from 'ipaddr.js'
 import * as Type from 'typebox'
@@ -61,6 +61,7 @@ const EgressSchema = Type.Object({
   disable_ipv6: Type.Boolean({ default: true, description: 'no IPv6 in sandboxes with a policy' }),
   dns_upstreams: Type.Optional(Type.Array(Type.String(), { minItems: 1, description: "resolvers, `address` or `address:port`; default: the host's, loopback stubs resolved" })),
   max_rules: Type.Integer({ minimum: 1, default: 4096, description: 'rules a policy may have, also after changes' }),
+  cpus: Type.Number({ minimum: 0.1, default: 1, description: 'processors a sidecar may take, however many questions its sandbox asks' }),
   memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar' }),
   pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
   probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node' }),
@@ -229,7 +230,7 @@ function readSeccomp(config: Checked, problems: Problem[]): { seccomp_profile?: 
 /** @param mode null when it is wrong itself: then nothing is said of what goes with it */
 function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Problem[] {
   const problems: Problem[] = []
-  const { ingress, docker } = config
+  const { ingress, docker, egress } = config
   if (mode === 'gateway' && ingress.gateway === undefined) problems.push({ path: 'ingress.gateway', reason: 'is required when ingress.mode is gateway' })
   if (mode === 'direct' && ingress.gateway !== undefined) problems.push({ path: 'ingress.gateway', reason: 'only goes with ingress.mode = "gateway"' })
   if (mode === 'direct' && ingress.secure_access !== undefined) problems.push({ path: 'ingress.secure_access', reason: 'only goes with ingress.mode = "gateway"' })
@@ -246,6 +247,8 @@ function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Pro
   if (docker.network_mode.toLowerCase() === 'host' || docker.network_mode === 'none' || docker.network_mode.startsWith('container:')) {
     problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
   }
+  const processors = cpus().length
+  if (egress.cpus > processors) problems.push({ path: 'egress.cpus', reason: `is more than the ${processors} processors of this machine` })
   for (const [index, item] of docker.floor.entries()) {
     if (readNetwork(item) === null) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
   }

@@ -44,7 +44,7 @@ export function sidecarSpec(config: Config, instance: string, network: string, r
     publishAddress: config.server.host,
     dns: [],
     memory: config.egress.memory_bytes,
-    nanoCpus: 0,
+    nanoCpus: Math.round(config.egress.cpus * 1e9),
     pids: config.egress.pids_limit,
     gpus: 0,
     readOnly: true,

@@ -61,7 +61,7 @@ export class BareSandboxes {
       Env: [`OPENSANDBOX_EGRESS_RULES=${JSON.stringify(policy)}`, 'OPENSANDBOX_EGRESS_MODE=dns+nft', 'OPENSANDBOX_EGRESS_EXEMPTION=auto', 'OPENSANDBOX_EGRESS_DNS_UPSTREAM=198.51.100.53:53'],
       HostConfig: {
         NetworkMode: this.#network, CapDrop: ['ALL'], CapAdd: ['NET_ADMIN'], SecurityOpt: ['no-new-privileges:true'], Sysctls: noIpv6,
-        Memory: 268_435_456, PidsLimit: 128, ReadonlyRootfs: true, ...cgroups,
+        NanoCpus: 1e9, Memory: 268_435_456, PidsLimit: 128, ReadonlyRootfs: true, ...cgroups,
       },
     })
     await sidecar.start()

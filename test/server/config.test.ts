@@ -29,6 +29,7 @@ t.test('refused', async (t) => {
     ['an active key that is none', gatewayToml.replace('active_key = "a"', 'active_key = "b"'), [/^ingress\.secure_access\.active_key/]],
     ['a secret that is not base64', gatewayToml.replace('c2VjcmV0', '!!'), [/^ingress\.secure_access\.keys\[0\]: .*base64/]],
     ['host networking', `${key}[docker]\nnetwork_mode = "host"`, [/^docker\.network_mode: "host" gives a sandbox no network namespace/]],
+    ['more processors than there are', `${key}[egress]\ncpus = 100000`, [/^egress\.cpus: is more than the \d+ processors/]],
     ['a resolver that is a name', `${key}[egress]\ndns_upstreams = ["dns.example", "127.0.0.53"]`, [/^egress\.dns_upstreams\[0\]/, /^egress\.dns_upstreams\[1\]: a loopback address/]],
     ['a floor that is no network', `${key}[docker]\nfloor = ["metadata"]`, [/^docker\.floor\[0\]/]],
     ['a floor in forms that some read as an address, each in its own way', `${key}[docker]\nfloor = ["10.1", "0x7f.1", "010.0.0.1", "10", "10.1/8", "10.0.0.0/33", "10.0.0.0/08", "fd00::%eth0"]`, Array.from({ length: 8 }, (_, n) => new RegExp(`^docker\\.floor\\[${n}\\]: must be an IP address or a CIDR network`))],

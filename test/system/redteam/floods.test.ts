@@ -18,6 +18,8 @@ const denied = '198.51.100.31'
 const zones = { '*.allowed.example': { a: ['198.51.100.10'] }, '*.leak.example': { a: ['198.51.100.66'] } }
 const networkPolicy = { defaultAction: 'deny', egress: [{ action: 'allow', target: '*.allowed.example' }] }
 const seconds = 2
+/** Of a sidecar; a flood of questions would take twice as much. */
+const cpus = 0.5
 
 /** Each for so many seconds, without a pause, from as many threads as help; says how much it did. */
 const floods: [why: string, program: string, least: number][] = [
@@ -61,7 +63,7 @@ def flood(n):
 
 t.test('floods', async (t) => {
   await using internet = await startInternet({ zones })
-  await using stack = await startStack({ internet })
+  await using stack = await startStack({ internet, config: { egress: { cpus } } })
   const [flooder, neighbour] = await Promise.all([stack.create({ networkPolicy }), stack.create({ networkPolicy })])
   const free = await stack.create()
   const { HostConfig, State: before } = await docker.getContainer(flooder.sidecar!).inspect()
@@ -80,6 +82,8 @@ t.test('floods', async (t) => {
 
 async function flood(t: Test, { internet, flooder, neighbour, quiet }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox; quiet: number }, program: string, least: number): Promise<void> {
   await internet.forget()
+  const used = await processorTime(flooder.sidecar!)
+  const began = performance.now()
   const flooding = run(flooder, ['flood', 'knock'], program)
   // Whoever tightens a policy in the middle of it comes from the host, as here.
   let heard = 0
@@ -91,10 +95,18 @@ async function flood(t: Test, { internet, flooder, neighbour, quiet }: { interne
   t.ok(medianOf(looked) < Math.max(100, 10 * quiet), `and waits ${medianOf(looked)} ms for both, ${quiet} ms when nobody floods`)
   const done = Number(await flooding)
   t.ok(done >= least, `it was a flood: ${done}`)
+  const share = (await processorTime(flooder.sidecar!) - used) / (performance.now() - began)
+  t.ok(share < cpus * 1.1, `its sidecar took ${share.toFixed(2)} processors of ${cpus}`)
   t.equal(packetsTo(await internet.flows(), denied), 0, 'the denied place heard nothing')
   t.equal(questionsFor(await internet.questions(), 'leak.example'), 0, 'nobody was asked for a denied name')
   await eventually('the sidecar answers for itself', async () => ((await request(`http://${flooder.address}:18080/healthz`).catch(() => undefined))?.statusCode === 200 ? true : undefined), 30)
   await eventually('whoever flooded is served again', async () => (served.test(await run(flooder, ['look'])) ? true : undefined), 60)
+}
+
+/** ms that a container has had of all processors. */
+async function processorTime(id: string): Promise<number> {
+  const { cpu_stats } = await docker.getContainer(id).stats({ stream: false, 'one-shot': true })
+  return cpu_stats.cpu_usage.total_usage / 1e6
 }
 
 const lookups = 20
