@@ -19,6 +19,7 @@ const peers = path.join(import.meta.dirname, '..', 'peers')
 const listenPort = 15353
 const peerPort = 5353
 const behindRedirect = 'dnsmasq, through a redirect'
+const asked = 'sidecar, asked directly'
 /** Questions to this address are answered by dnsmasq all the same; it has no other meaning. RFC 5737 */
 const anybody = '192.0.2.1'
 
@@ -42,7 +43,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
     dnsmasq: { namespace: masq.name, server: { address: loopback, port: peerPort }, program: programs.dnsmasq, questions, seconds },
     [behindRedirect]: { namespace: redirected.name, server: { address: anybody, port: 53 }, program: programs.redirected, questions, seconds },
     sidecar: { namespace: own.name, server: { address: own.upstream, port: 53 }, program: programs.sidecar, questions, seconds },
-    'sidecar, asked directly': { namespace: own.name, server: { address: loopback, port: listenPort }, program: programs.sidecar, questions, seconds },
+    [asked]: { namespace: own.name, server: { address: loopback, port: listenPort }, program: programs.sidecar, questions, seconds },
     'bare Node forwarder': { namespace: bare.name, server: { address: loopback, port: peerPort }, program: programs.bare, questions, seconds },
   }
   // The first run teaches the kernel every address and compiles the hot code.
@@ -54,7 +55,7 @@ async function start({ seconds }: Effort, cleanups: Cleanups): Promise<Arena> {
     loads: [{
       title: `${names} allowed names, 64 questions in flight, as fast as it goes`, rounds: 7, baseline: 'dnsmasq',
       measures: [cpu, { key: 'throughput', label: 'throughput', unit: '1/s' }], contenders: contenders(Object.keys(loads)),
-      goals: [{ contender: 'sidecar', measure: 'cpu', sense: 'at most', limit: 1 }, { contender: 'sidecar', measure: 'cpu', against: behindRedirect, sense: 'at most', limit: 1 }],
+      goals: [{ contender: 'sidecar', measure: 'cpu', sense: 'at most', limit: 1 }, { contender: 'sidecar', measure: 'cpu', against: behindRedirect, sense: 'at most', limit: 1 }, { contender: asked, measure: 'cpu', sense: 'at most', limit: 1 }],
       notes: ['Through a redirect: the kernel remembers connections and writes addresses anew, as it must for whoever is asked in place of the server that was meant; the sidecar is asked that way.'],
     }, {
       title: `the same at ${rate} a second`, rounds: 7, baseline: 'dnsmasq',
