@@ -28,7 +28,7 @@ const zones = { '*.allowed.example': { a: ['198.51.100.32'] }, '*.leak.example':
 /** Seconds after which a group must be gone. */
 const promised = 2
 /** So many sandboxes at a time, and how many of them keep the promise: storms that compete for two processors may make some of them late. */
-const crowds = [{ lanes: 1, share: 0.5, most: 1 }, { lanes: 4, share: 0.5, most: sized(0.5, 0.9) }] as const
+const crowds = [{ lanes: 1, share: 0.5, most: 1 }, { lanes: 4, share: 0.5, most: sized(0.9, 1) }] as const
 /** Seconds within which the latest is gone. */
 const patience = 20
 
