@@ -4,6 +4,7 @@
  */
 import { compilePolicy } from '#policies/compile.ts'
 import { readNetworkPolicy, readNetworkRules, type NetworkPolicy, type NetworkRule } from '#policies/document.ts'
+import { targetKey } from '#policies/host.ts'
 import { formatProblems, type Problem } from '#policies/problem.ts'
 import type { AlwaysFiles, AlwaysRules } from './always-files.ts'
 import type { Firewall } from './firewall.ts'
@@ -118,10 +119,11 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
     remove: (body) => inTurn(async () => {
       const targets = parseArray(body, 'invalid delete targets')
       if (!targets.every((target) => typeof target === 'string')) throw new PolicyRefusal(400, 'invalid delete targets: every target must be a string')
-      const unwanted = new Set(targets.map((target) => target.trim().toLowerCase()))
-      const egress = policy.egress.filter((rule) => !unwanted.has(rule.target.toLowerCase()))
-      if (egress.length === policy.egress.length) return { policy, reason: reasons.nothingRemoved, rules: [] }
-      const removed = policy.egress.filter((rule) => unwanted.has(rule.target.toLowerCase()))
+      const unwanted = new Set(targets.map(targetKey))
+      const named = ({ target }: NetworkRule): boolean => unwanted.has(targetKey(target))
+      const removed = policy.egress.filter(named)
+      if (removed.length === 0) return { policy, reason: reasons.nothingRemoved, rules: [] }
+      const egress = policy.egress.filter((rule) => !named(rule))
       await change({ defaultAction: policy.defaultAction, egress })
       return { policy, rules: removed }
     }),
@@ -137,12 +139,14 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
   }
 }
 
-/** Patch rules first, in order, the first of several for one target; then the old rules that were not patched. Targets are compared as text. */
+/**
+ * Patch rules first, in order, the first of several for one target; then the old rules that were not patched. Two spellings of a name are one
+ * target here, where the original compares texts: of two rules the older one would hold again when the newer is deleted.
+ */
 function mergeRules(patch: readonly NetworkRule[], base: readonly NetworkRule[]): NetworkRule[] {
   const merged = new Map<string, NetworkRule>()
-  for (const rule of patch) if (!merged.has(rule.target.toLowerCase())) merged.set(rule.target.toLowerCase(), rule)
-  const patched = new Set(merged.keys())
-  return [...merged.values(), ...base.filter((rule) => !patched.has(rule.target.toLowerCase()))]
+  for (const rule of patch) if (!merged.has(targetKey(rule.target))) merged.set(targetKey(rule.target), rule)
+  return [...merged.values(), ...base.filter(({ target }) => !merged.has(targetKey(target)))]
 }
 
 function parse(body: string, label: string): unknown {

@@ -15,35 +15,35 @@ export type ReadRules = { readonly ok: true; readonly rules: readonly NetworkRul
 const RuleSchema = Type.Object({
   action: Type.Optional(Type.String({ description: 'allow or deny; deny when absent' })),
   target: Type.Optional(Type.String({ description: 'host name, *.host name, IP address or CIDR network' })),
-})
+}, { additionalProperties: false })
 
 /** The shape, for API descriptions. What the texts may hold is checked by `readNetworkPolicy`. */
 export const NetworkPolicySchema = Type.Object({
   defaultAction: Type.Optional(Type.String({ description: 'what happens to places no rule names: deny (default) or allow' })),
   egress: Type.Optional(Type.Array(RuleSchema, { description: 'for names the first matching rule wins; for addresses a deny wins' })),
-})
+}, { additionalProperties: false })
 
 /**
  * Reads a policy and reports every problem at once. An absent, null or empty document denies everything.
- * Keys match in any case, unknown keys are ignored, a missing action means deny (as in the original).
+ * Keys match in any case, and a missing action means deny, as in the original. Unknown keys, which it passes over, are refused: a rule with
+ * a port would open all of them, and `egres` none of what its author meant to deny.
  */
 export function readNetworkPolicy(value: unknown, path = 'networkPolicy'): ReadPolicy {
   if (value === undefined || value === null) return { ok: true, policy: { defaultAction: 'deny', egress: [] } }
-  const folded = foldKeys(value, ['defaultAction', 'egress'])
-  if (Array.isArray(folded.egress)) folded.egress = folded.egress.map((rule) => foldRule(rule))
-  const problems = schemaProblems(NetworkPolicySchema, folded.value ?? folded, path)
+  const document = foldKeys(value, ['defaultAction', 'egress']) as { defaultAction?: string; egress?: { action?: string; target?: string }[] }
+  if (Array.isArray(document.egress)) document.egress = document.egress.map(foldRule) as typeof document.egress
+  const problems = schemaProblems(NetworkPolicySchema, document, path)
   if (problems.length > 0) return { ok: false, problems }
 
-  const document = folded as { defaultAction?: string; egress?: { action?: string; target?: string }[] }
   const defaultAction = readAction(document.defaultAction)
-  if (defaultAction === null) problems.push({ path: `${path}.defaultAction`, reason: `unsupported action ${JSON.stringify(document.defaultAction?.trim().toLowerCase())}` })
-  const egress = readRules(document.egress ?? [], `${path}.egress`, problems)
+  if (defaultAction === null) problems.push({ path: below(path, 'defaultAction'), reason: `unsupported action ${JSON.stringify(document.defaultAction?.trim().toLowerCase())}` })
+  const egress = readRules(document.egress ?? [], below(path, 'egress'), problems)
   return problems.length > 0 ? { ok: false, problems } : { ok: true, policy: { defaultAction: defaultAction as Action, egress } }
 }
 
 /** The same for a bare array of rules (the body of a PATCH). */
 export function readNetworkRules(value: unknown, path = 'rules'): ReadRules {
-  const folded = Array.isArray(value) ? value.map((rule) => foldRule(rule)) : value
+  const folded = Array.isArray(value) ? value.map(foldRule) : value
   const problems = schemaProblems(Type.Array(RuleSchema), folded, path)
   if (problems.length > 0) return { ok: false, problems }
   const rules = readRules(folded as { action?: string; target?: string }[], path, problems)
@@ -63,6 +63,10 @@ function readRules(raw: readonly { action?: string; target?: string }[], path: s
   return rules
 }
 
+function below(path: string, key: string): string {
+  return path === '' ? key : `${path}.${key}`
+}
+
 function readAction(text: string | undefined): Action | null {
   const action = (text ?? '').trim().toLowerCase()
   if (action === '') return 'deny'
@@ -71,17 +75,15 @@ function readAction(text: string | undefined): Action | null {
 
 /** A null rule is an empty one: it fails for its missing target, as it did in the original. */
 function foldRule(rule: unknown): unknown {
-  const folded = foldKeys(rule ?? {}, ['action', 'target'])
-  return folded.value ?? folded
+  return foldKeys(rule ?? {}, ['action', 'target'])
 }
 
-/** The known keys of an object whatever their case, nulls dropped; the last of several spellings wins. Anything else as `{ value }`. */
-function foldKeys(value: unknown, known: readonly string[]): Record<string, unknown> {
-  if (typeof value !== 'object' || value === null || Array.isArray(value)) return { value }
-  const folded: Record<string, unknown> = {}
+/** An object with its known keys whatever their case, nulls dropped; the last of several spellings wins. Anything else as it is. */
+function foldKeys(value: unknown, known: readonly string[]): unknown {
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) return value
+  const folded = new Map<string, unknown>()
   for (const [key, inner] of Object.entries(value)) {
-    const name = known.find((k) => k.toLowerCase() === key.toLowerCase())
-    if (name !== undefined && inner !== null) folded[name] = inner
+    if (inner !== null) folded.set(known.find((k) => k.toLowerCase() === key.toLowerCase()) ?? key, inner)
   }
-  return folded
+  return Object.fromEntries(folded)
 }

@@ -38,12 +38,20 @@ export function parseTarget(text: string): Target {
     const value = formatNetwork(network)
     return { kind: value.includes('/') ? 'network' : 'address', value }
   }
-  if (/^[0-9.]+(\/.*)?$/.test(target) || target.includes(':') && !target.includes('://')) return { problem: `${quote(target)} is not an IP address or CIDR network (ports are not part of a target)` }
+  if (/^[^:]+:\d+$/.test(target)) return { problem: `${quote(target)} has a port, which is not part of a target` }
+  if (/^[0-9.]+(\/.*)?$/.test(target) || target.includes(':') && !target.includes('://')) return { problem: `${quote(target)} is not an IP address or CIDR network` }
   if (target === '*') return { problem: '"*" is not a target; set defaultAction instead' }
   const wildcard = target.startsWith('*.')
   const name = toAsciiName(wildcard ? target.slice(2) : target)
-  if (name === null || name === '') return { problem: `${quote(target)} is not a host name, *.host name, IP address or CIDR network` }
+  // `*.51.100.40` and `1.2.3.4-1.2.3.9` are no names: such a deny would hold nobody.
+  if (name === null || !isHostName(name)) return { problem: `${quote(target)} is not a host name, *.host name, IP address or CIDR network` }
   return { kind: wildcard ? 'wildcard' : 'name', value: name }
+}
+
+/** What rules for the same name have in common, however it is spelt. Everything else is compared as text, as the original compares all. */
+export function targetKey(text: string): string {
+  const target = parseTarget(text)
+  return 'problem' in target || target.kind === 'address' || target.kind === 'network' ? text.trim().toLowerCase() : `${target.kind} ${target.value}`
 }
 
 function toAsciiName(text: string): string | null {

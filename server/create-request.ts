@@ -69,7 +69,7 @@ const renewKey = 'access.renew.extend.seconds'
 export function readCreateRequest(value: unknown, config: Config, now: number): CreateRequest {
   const body = fold(value)
   if (typeof body !== 'object' || body === null || Array.isArray(body)) throw invalid([{ path: 'body', reason: body === undefined ? 'is empty; it must be a JSON object' : 'must be a JSON object' }])
-  const problems = [...misspelt(value as object), ...schemaProblems(CreateSchema, body)]
+  const problems = [...misspelt(value as object), ...givenTwice(value as object), ...schemaProblems(CreateSchema, body)]
   if (problems.length > 0) throw invalid(problems)
   const request = body as Body
   if (request.extensions?.poolRef?.trim()) throw new ApiError('SANDBOX::UNSUPPORTED_POOL_REF', 'extensions.poolRef: pools are not available on Docker.')
@@ -125,7 +125,15 @@ const guarding = /polic|netw|egress|secur/i
 
 function misspelt(value: object): Problem[] {
   const unknown = Object.keys(value).filter((key) => guarding.test(key) && !Object.hasOwn(CreateSchema.properties, aliases.get(key) ?? key))
-  return unknown.map((key) => ({ path: key.slice(0, 80), reason: 'is not a known field; did you mean networkPolicy or secureAccess?' }))
+  return unknown.map((key) => ({ path: key.slice(0, 80), reason: `is not a known field; did you mean ${/secur/i.test(key) ? 'secureAccess' : 'networkPolicy'}?` }))
+}
+
+/** In both spellings: one of the two would be lost. */
+function givenTwice(value: object): Problem[] {
+  return Object.keys(value).flatMap((key) => {
+    const field = aliases.get(key) ?? key
+    return field !== key && Object.hasOwn(value, field) ? [{ path: key, reason: `is given twice, also as ${field}` }] : []
+  })
 }
 
 /** A pretence would be worse than a refusal. */

@@ -21,6 +21,7 @@ export function addNetworkPolicyRoutes(app: FastifyInstance, { groups, config, a
   /** Body: an array of rules, put before those that are there; a rule for the same target replaces it. */
   app.patch<WithId>('/sandboxes/:id/network-policy', async (request) => {
     const group = guarded(groups.get(request.params.id))
+    if (!Array.isArray(request.body)) throw invalid([{ path: 'body', reason: 'must be an array of rules' }])
     const read = readNetworkRules(request.body, 'rules')
     if (!read.ok) throw invalid(read.problems)
     if (read.rules.length === 0) throw invalid([{ path: 'rules', reason: 'must hold at least one rule' }])

@@ -98,13 +98,18 @@ t.test('how many rules there may be', async (t) => {
   t.equal((await started.keeper.remove('["n0.example"]')).policy.egress.length, 5, 'whoever was started with more may still remove some')
 })
 
-t.test('targets are compared as text: case and blanks do not count, spelling does', async (t) => {
+t.test('names are compared in their normal form, addresses as text but for case and blanks', async (t) => {
   const rows: { why: string; method: 'patch' | 'remove'; base: string[]; targets: string[]; want: string[] }[] = [
     { why: 'blanks around a patched name', method: 'patch', base: ['a.example', 'b.example'], targets: [' a.example '], want: ['allow a.example', 'deny b.example'] },
     { why: 'the same name twice, once with blanks', method: 'patch', base: ['b.example'], targets: ['\ta.example', 'A.example '], want: ['allow a.example', 'deny b.example'] },
     { why: 'a network of one address is not that address', method: 'patch', base: ['1.1.1.1'], targets: ['1.1.1.1/32'], want: ['allow 1.1.1.1/32', 'deny 1.1.1.1'] },
     { why: 'blanks around a name to remove', method: 'remove', base: ['a.example', 'b.example'], targets: ['\n A.Example '], want: ['deny b.example'] },
     { why: 'removed once or twice', method: 'remove', base: ['a.example', 'b.example'], targets: ['a.example', 'a.example', 'x.example'], want: ['deny b.example'] },
+    { why: 'the name with its trailing dot', method: 'remove', base: ['a.example.', '*.a.example.', 'b.example'], targets: ['a.example', '*.A.example'], want: ['deny b.example'] },
+    { why: 'the A-labels of an international name', method: 'remove', base: ['BÜCHER.example', 'b.example'], targets: ['xn--bcher-kva.example.'], want: ['deny b.example'] },
+    { why: 'and patched', method: 'patch', base: ['a.example.', 'bücher.example', 'b.example'], targets: ['a.example', 'xn--bcher-kva.example'], want: ['allow a.example', 'allow xn--bcher-kva.example', 'deny b.example'] },
+    { why: 'what is no target matches nothing', method: 'remove', base: ['a.example'], targets: ['a..example', '*'], want: ['deny a.example'] },
+    { why: 'the case of an address', method: 'remove', base: ['FD00::1', 'fd00::2'], targets: [' fd00::1'], want: ['deny fd00::2'] },
     { why: 'neither the names below', method: 'remove', base: ['a.example', '*.a.example'], targets: ['a.example'], want: ['deny *.a.example'] },
   ]
   for (const { why, method, base, targets, want } of rows) {

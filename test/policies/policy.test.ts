@@ -4,7 +4,7 @@ import { canonicalAddress, isSpecialUse, NetworkTable, readAddress, specialUseNe
 import { compilePolicy, type Layers } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
 import { readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
-import { normaliseName, parseTarget } from '#policies/host.ts'
+import { normaliseName, parseTarget, targetKey } from '#policies/host.ts'
 import { allowReasons, denyReasons } from '#policies/verdict.ts'
 import { randomOf } from '../support/random.ts'
 
@@ -21,7 +21,7 @@ t.test('documents that are read', async (t) => {
   const rows: [value: unknown, wanted: unknown, why: string][] = [
     [undefined, denyAll, 'absent'], [null, denyAll, 'null'], [{}, denyAll, 'empty'], [{ defaultAction: '' }, denyAll, 'blank action'], [{ defaultAction: null, egress: null }, denyAll, 'nulls'],
     [{ defaultAction: ' Allow ' }, { defaultAction: 'allow', egress: [] }, 'trimmed, any case'],
-    [{ DEFAULTACTION: 'allow', Egress: [{ ACTION: 'ALLOW', Target: ' a.example ' }], other: 1 }, { defaultAction: 'allow', egress: [{ action: 'allow', target: 'a.example' }] }, 'keys in any case, unknown ones ignored'],
+    [{ DEFAULTACTION: 'allow', Egress: [{ ACTION: 'ALLOW', Target: ' a.example ' }], other: null }, { defaultAction: 'allow', egress: [{ action: 'allow', target: 'a.example' }] }, 'keys in any case; an unknown one that is null says nothing'],
     [{ egress: [{ target: '10.0.0.0/8' }] }, { defaultAction: 'deny', egress: [{ action: 'deny', target: '10.0.0.0/8' }] }, 'a rule without action denies'],
     [{ egress: [{ action: 'allow', target: 'Example.COM.' }] }, { defaultAction: 'deny', egress: [{ action: 'allow', target: 'Example.COM.' }] }, 'the text stays as written'],
   ]
@@ -37,6 +37,9 @@ t.test('documents that are refused, every problem with its path', async (t) => {
     [{ egress: [{ action: 'foo', target: 'a' }, { action: 'allow' }] }, ['networkPolicy.egress[0].action', 'networkPolicy.egress[1].target'], /unsupported action "foo"|cannot be empty/],
     [{ egress: [null] }, ['networkPolicy.egress[0].target'], /^egress target cannot be empty$/],
     [{ egress: [{ action: 'allow', target: 7 }] }, ['networkPolicy.egress[0].target'], /string/],
+    [{ defaultAction: 'allow', egres: [{ target: 'a.example' }] }, ['networkPolicy.egres'], /^is not a known key$/],
+    [{ egress: [{ action: 'allow', target: 'a.example', port: 443, protocol: 'tcp' }, { target: 'b.example', Ports: [22] }] }, ['networkPolicy.egress[0].port', 'networkPolicy.egress[0].protocol', 'networkPolicy.egress[1].Ports'], /^is not a known key$/],
+    [JSON.parse('{"__proto__":{"defaultAction":"allow"}}'), ['networkPolicy.__proto__'], /^is not a known key$/],
   ]
   for (const [value, paths, reason] of rows) {
     const result = readNetworkPolicy(value)
@@ -45,8 +48,21 @@ t.test('documents that are refused, every problem with its path', async (t) => {
   }
 })
 
+t.test('paths of a document that is a whole body', async (t) => {
+  t.match(readNetworkPolicy({ defaultAction: 'x', egress: [{ target: '*' }] }, ''), { ok: false, problems: [{ path: 'defaultAction' }, { path: 'egress[0].target' }] })
+})
+
+t.test('the same target', async (t) => {
+  const rows: [a: string, b: string, same: boolean][] = [
+    ['Example.com.', 'example.com', true], ['*.BÜCHER.example', '*.xn--bcher-kva.example.', true], ['example.com', '*.example.com', false],
+    ['1.1.1.1', '1.1.1.1/32', false], ['FD00::1', ' fd00::1', true], ['a..b', 'A..B ', true],
+  ]
+  for (const [a, b, same] of rows) t.equal(targetKey(a) === targetKey(b), same, `${a}, ${b}`)
+})
+
 t.test('bare rules (PATCH)', async (t) => {
   t.same(readNetworkRules([{ action: 'allow', target: 'a.b' }]), { ok: true, rules: [{ action: 'allow', target: 'a.b' }] })
+  t.match(readNetworkRules([{ action: 'allow', target: 'a.b', port: 443 }]), { ok: false, problems: [{ path: 'rules[0].port', reason: 'is not a known key' }] })
   t.match(readNetworkRules({}), { ok: false, problems: [{ path: 'rules' }] })
   t.match(readNetworkRules([{ target: '*' }]), { ok: false, problems: [{ path: 'rules[0].target', reason: /defaultAction/ }] })
 })
@@ -61,6 +77,7 @@ t.test('targets', async (t) => {
     ['', 'refused'], ['  ', 'refused'], ['*', 'refused'], ['*example.com', 'refused'], ['a.*.com', 'refused'], ['*.', 'refused'], ['.', 'refused'], ['http://x/', 'refused'], ['x/y', 'refused'],
     ['1.2.3.4:443', 'refused'], ['example.com:443', 'refused'], ['10.0.0.0/33', 'refused'], ['300.1.1.1', 'refused'], ['010.0.0.1', 'refused'], ['1.2.3', 'refused'], ['1.2.3.4.5', 'refused'], ['1..2.3', 'refused'], ['1.2.3.', 'refused'], ['1.2.3.256', 'refused'], ['1.2.3.00', 'refused'], ['255.255.255.256/1', 'refused'], ['10.0.0.0/08', 'refused'], ['10.0.0.0/', 'refused'],
     ['fe80::1%eth0', 'refused'], ['::1/129', 'refused'], ['a..b', 'refused'], ['a b', 'refused'], ['a\u0000b', 'refused'], ['a%2eb', 'refused'], ['１.２.３.４', 'refused'], ['[::1]', 'refused'],
+    ['198.51.100.20-198.51.100.29', 'refused'], ['*.51.100.40', 'refused'], ['0x7f.1', 'refused'], ['*.0x7f', 'refused'], ['a.7', 'refused'], ['7.a', 'name', '7.a'],
     [`${'a'.repeat(64)}.com`, 'refused'], [`${'a.'.repeat(127)}com`, 'refused'], ['é'.repeat(100), 'refused'], ['xn--é', 'refused'],
   ]
   for (const [text, kind, value] of rows) {

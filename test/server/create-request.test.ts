@@ -47,6 +47,8 @@ t.test('refusals name the path', async (t) => {
     ['a variable no program can be started with', { ...body, env: { A: 'x'.repeat(131_070) } }, 'SANDBOX::INVALID_PARAMETER', /^env\.A: is longer/],
     ['such an argument', { ...body, entrypoint: ['a', 'x'.repeat(131_072)] }, 'SANDBOX::INVALID_PARAMETER', /^entrypoint\[1\]: is longer/],
     ['a policy whose key is misspelt', { ...body, netwrokPolicy: { egress: [] } }, 'SANDBOX::INVALID_PARAMETER', /^netwrokPolicy: is not a known field; did you mean networkPolicy/],
+    ['two policies', { ...body, networkPolicy: {}, network_policy: { defaultAction: 'allow' } }, 'SANDBOX::INVALID_PARAMETER', /^network_policy: is given twice, also as networkPolicy/],
+    ['a rule with a port', { ...body, networkPolicy: { egress: [{ action: 'allow', target: 'a.b', port: 443 }] } }, 'SANDBOX::INVALID_PARAMETER', /^networkPolicy\.egress\[0\]\.port: is not a known key/],
     ['a policy whose key is in another case', { ...body, NetworkPolicy: { egress: [] } }, 'SANDBOX::INVALID_PARAMETER', /^NetworkPolicy: is not a known field/],
     ['secureAccess in another case', { ...body, secureaccess: true }, 'SANDBOX::INVALID_PARAMETER', /^secureaccess: is not a known field/],
     ['a policy that is no object', { ...body, networkPolicy: 5 }, 'SANDBOX::INVALID_PARAMETER', /networkPolicy/],
