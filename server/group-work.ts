@@ -137,7 +137,7 @@ export class GroupWork {
           break
         case 'fail':
           this.#fail(entry, step.reason, step.message)
-          report('ended', record.id, { reason: step.reason })
+          report('ended', record.id, { reason: step.reason, message: step.message })
           break
         case 'forget':
           table.forget(entry)

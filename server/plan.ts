@@ -51,7 +51,9 @@ function keep(members: readonly Member[], facts: readonly Fact[]): Step[] {
   if (inner.every((member) => !alive.has(state(member)))) return removeOnly(gates, facts)
   // A paused gate filters nothing new but lets nothing new out either; it is still there.
   if (gates.some((gate) => !alive.has(state(gate)) || outlived(gate, inner, facts))) {
-    return [...removeAll(members, facts), { do: 'fail', reason: 'EGRESS_GONE', message: 'The egress sidecar of this sandbox ended, so the sandbox was ended.' }]
+    const code = gates.map((gate) => facts.find((fact) => fact.member === gate.name)?.exitCode).find((exitCode) => exitCode != null)
+    const how = code === undefined ? 'ended' : `ended with exit code ${code}`
+    return [...removeAll(members, facts), { do: 'fail', reason: 'EGRESS_GONE', message: `The egress sidecar of this sandbox ${how}, so the sandbox was ended.` }]
   }
   return []
 }

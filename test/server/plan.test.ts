@@ -60,3 +60,10 @@ t.test('from any state, building starts nothing before its gate was confirmed', 
     }
   }
 })
+
+t.test('the end of a sidecar is told with its exit code', async (t) => {
+  const message = (exitCode: number | null): string | undefined => plan('kept', guarded, facts({ egress: 'exited', main: 'running' }).map((fact) => (fact.member === 'egress' ? { ...fact, exitCode } : fact))).flatMap((step) => (step.do === 'fail' ? step.message : []))[0]
+  t.equal(message(137), 'The egress sidecar of this sandbox ended with exit code 137, so the sandbox was ended.')
+  t.equal(message(0), 'The egress sidecar of this sandbox ended with exit code 0, so the sandbox was ended.')
+  t.equal(message(null), 'The egress sidecar of this sandbox ended, so the sandbox was ended.')
+})
