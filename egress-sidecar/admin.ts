@@ -14,11 +14,15 @@ export type AdminDeps = {
   readonly enforcementMode: 'dns' | 'dns+nft'
   /** Why the sidecar is not ready; empty when it enforces. */
   readonly unready: () => string
-  readonly changed: (change: Change) => void
+  readonly changed: (change: Change, how: 'put' | 'patch' | 'delete') => void
+  /** Addresses that no rule opens. */
+  readonly floor: readonly string[]
   readonly refused: (refusal: PolicyRefusal) => void
   /** Looks into the kernel: why the sidecar does not enforce right now; empty when it does. */
   readonly inspect: () => Promise<string>
-  readonly metrics: () => string
+  readonly metrics: () => Promise<string>
+  /** Somebody without the token. */
+  readonly unauthorized: (from: 'inside' | 'outside') => void
 }
 
 export type Admin = { readonly port: number; close(): Promise<void> }
@@ -80,7 +84,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
       const keeper = deps.keeper()
       if (keeper === null) return fail(503, 'not ready')
       const done = await keeper[method](body)
-      if (done.reason !== reasons.nothingRemoved) deps.changed(done)
+      if (done.reason !== reasons.nothingRemoved) deps.changed(done, method === 'remove' ? 'delete' : method)
       return policyAnswer(done, done.reason === reasons.reset ? {} : { enforcementMode: deps.enforcementMode }, deps)
     } catch (error) {
       const refusal = error instanceof PolicyRefusal ? error : new PolicyRefusal(500, 'internal error', { cause: error })
@@ -98,7 +102,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
     const keeper = deps.keeper()
     if (keeper === null) return fail(503, 'not ready')
     const { policy, always } = keeper
-    return json({ enforcementMode: deps.enforcementMode, defaultAction: policy.defaultAction, egress: [...always.deny, ...always.allow, ...policy.egress], operatorRules: always.deny.length + always.allow.length, ...warningOf(deps) })
+    return json({ enforcementMode: deps.enforcementMode, defaultAction: policy.defaultAction, egress: [...always.deny, ...always.allow, ...policy.egress], operatorRules: always.deny.length + always.allow.length, floor: deps.floor, ...warningOf(deps) })
   }
   const ready = async (): Promise<Response> => {
     const problem = deps.unready() || (await deps.inspect())
@@ -108,7 +112,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
   return new Map<string, Route>([
     ['/policy', { auth: true, methods: { GET: get, POST: change('put'), PUT: change('put'), PATCH: change('patch'), DELETE: change('remove') } }],
     ['/policy/effective', { auth: true, methods: { GET: effective } }],
-    ['/metrics', { auth: true, methods: { GET: () => ({ status: 200, body: deps.metrics(), headers: { 'content-type': 'text/plain; version=0.0.4; charset=utf-8' } }) } }],
+    ['/metrics', { auth: true, methods: { GET: async () => ({ status: 200, body: await deps.metrics(), headers: { 'content-type': 'text/plain; version=0.0.4; charset=utf-8' } }) } }],
     ['/readyz', { auth: true, methods: { GET: ready } }],
     ['/healthz', { auth: false, methods: { '*': health } }],
   ])
@@ -122,7 +126,10 @@ async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Rou
     // No page that a browser shows has business here, whatever tokens the browser keeps.
     if (request.headers.origin !== undefined || !['none', 'same-origin', undefined].includes(request.headers['sec-fetch-site'] as string | undefined)) return fail(403, 'forbidden')
     const given = request.headers[headerNames.egressAuth]
-    if (deps.token !== '' && !(typeof given === 'string' && equalSecret(given, deps.token))) return fail(401, 'unauthorized')
+    if (deps.token !== '' && !(typeof given === 'string' && equalSecret(given, deps.token))) {
+      deps.unauthorized(isFromInside(request.socket.remoteAddress) ? 'inside' : 'outside')
+      return fail(401, 'unauthorized')
+    }
   }
   const work = route.methods[request.method ?? ''] ?? route.methods['*']
   if (work === undefined) return fail(405, 'method not allowed', { allow: Object.keys(route.methods).join(', ') })

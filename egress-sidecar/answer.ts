@@ -10,7 +10,7 @@
  */
 import type { Rules } from '#policies/compile.ts'
 import { decideName } from '#policies/decide.ts'
-import type { Verdict } from '#policies/verdict.ts'
+import type { DenyReason, Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
 import type { Firewall, Opened } from './firewall.ts'
 import { deniedAlias, type AddressJudge } from './judge.ts'
@@ -27,18 +27,27 @@ export type Resolver = {
 /** Takes one message, or null for none; called once. */
 export type Done = (message: Buffer | null) => void
 
-export const results = ['answered', 'denied', 'no-upstream', 'bad-answer', 'kernel-failed', 'policy-unsettled'] as const
+/** `no-upstream`: none answered in time; `upstream-failed`: all that did said SERVFAIL, REFUSED or the like. */
+export const results = ['answered', 'denied', 'no-upstream', 'upstream-failed', 'bad-answer', 'kernel-failed', 'policy-unsettled'] as const
 
 /** What is told about each question, once, when its outcome is known. */
 export type Outcome = {
   readonly question: Question
   readonly verdict: Verdict
+  /** What the verdict was made by. */
+  readonly rules: Rules
+  /** The verdict is about this name, which the question's own led to; undefined: about that itself. */
+  readonly alias?: string | null | undefined
   readonly result: (typeof results)[number]
   /** Opened for the sandbox. */
   readonly addresses: readonly string[]
+  /** In the answer, and left out of what the sandbox got. */
+  readonly shut: readonly ShutAddress[]
   /** Milliseconds from the question to its outcome. */
   readonly took: number
 }
+
+export type ShutAddress = { readonly address: string; readonly reason: DenyReason }
 
 export type AnswerDeps = {
   readonly resolver: Resolver
@@ -75,6 +84,8 @@ class Course {
   /** What the name was judged by, and how. */
   rules: Rules
   verdict: Verdict
+  /** Which name of the chain was denied. */
+  alias: string | null | undefined = undefined
   /** What upstream said. */
   message: Buffer | null = null
 
@@ -97,11 +108,11 @@ class Course {
       this.rules = deps.firewall.rules
       this.verdict = judgeName(this.rules, question)
     }
-    if (this.verdict.action === 'deny') return this.refuse(rcodes.nxDomain, 'denied', this.verdict)
-    if (this.turn > maxTurns) return this.refuse(rcodes.servFail, 'policy-unsettled', this.verdict)
+    if (this.verdict.action === 'deny') return this.refuse(rcodes.nxDomain, 'denied')
+    if (this.turn > maxTurns) return this.refuse(rcodes.servFail, 'policy-unsettled')
     if (this.message !== null) return this.judgeAddresses(this.message)
     deps.resolver.ask(query, question.end, this.transport, (message) => {
-      if (message === null) return this.refuse(rcodes.servFail, 'no-upstream', this.verdict)
+      if (message === null) return this.refuse(rcodes.servFail, 'no-upstream')
       this.message = message
       this.judgeAddresses(message)
     })
@@ -111,42 +122,49 @@ class Course {
   judgeAddresses(message: Buffer): void {
     const { deps, rules, question } = this
     const found = readAnswer(message, question)
-    if (found === null || contradicts(found)) return this.refuse(rcodes.servFail, 'bad-answer', this.verdict)
-    if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return this.refuse(rcodes.servFail, 'no-upstream', this.verdict)
-    if (found.truncated) return this.settle(truncatedReply(this.query, question.end), 'answered', this.verdict, none)
+    if (found === null || contradicts(found)) return this.refuse(rcodes.servFail, 'bad-answer')
+    if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return this.refuse(rcodes.servFail, 'upstream-failed')
+    if (found.truncated) return this.settle(truncatedReply(this.query, question.end), 'answered')
     if (rules !== deps.firewall.rules) return this.judgeName()
     const denied = deniedAlias(rules, found.aliases)
-    if (denied !== null) return this.refuse(rcodes.nxDomain, 'denied', denied)
+    if (denied !== null) {
+      this.verdict = denied.verdict
+      this.alias = denied.alias
+      return this.refuse(rcodes.nxDomain, 'denied')
+    }
     let allowed: AddressRecord[] | null = null
     let addresses: string[] | null = null
+    let shut: ShutAddress[] | null = null
     for (const record of found.addresses) {
-      const address = deps.mayOpen(rules, record.address)
-      if (address === null) continue
-      allowed = added(allowed, record)
-      addresses = added(addresses, address)
+      const { opened, reason } = deps.mayOpen(rules, record.address)
+      if (opened === null) shut = added(shut, { address: record.address, reason })
+      else {
+        allowed = added(allowed, record)
+        addresses = added(addresses, opened)
+      }
     }
     const seconds = leaseSeconds(found.ttl)
     const opening = addresses ?? none
     const tell = (opened: Opened): void => {
       // 5. answer
       if (opened === 'stale') return this.judgeName()
-      if (opened === 'failed') return this.refuse(rcodes.servFail, 'kernel-failed', this.verdict)
+      if (opened === 'failed') return this.refuse(rcodes.servFail, 'kernel-failed')
       const reply = composeReply({ query: this.query, question, message, found, allowed: allowed ?? none, seconds, strict: rules.defaultAction === 'deny' })
-      if (reply === null) return this.refuse(rcodes.servFail, 'bad-answer', this.verdict)
-      this.settle(reply, 'answered', this.verdict, opening)
+      if (reply === null) return this.refuse(rcodes.servFail, 'bad-answer')
+      this.settle(reply, 'answered', opening, shut ?? none)
     }
     const opened = opening.length === 0 ? 'open' : deps.firewall.open(question.name as string, found.aliases, opening, seconds, rules)
     if (typeof opened === 'string') tell(opened)
     else void opened.then(tell)
   }
 
-  refuse(rcode: number, result: Outcome['result'], verdict: Verdict): void {
-    this.settle(emptyReply(this.query, this.question.end, rcode), result, verdict, none)
+  refuse(rcode: number, result: Outcome['result']): void {
+    this.settle(emptyReply(this.query, this.question.end, rcode), result)
   }
 
-  settle(reply: Buffer, result: Outcome['result'], verdict: Verdict, addresses: readonly string[]): void {
-    const { deps, question } = this
-    deps.report({ question, verdict, result, addresses, took: deps.now() - this.started })
+  settle(reply: Buffer, result: Outcome['result'], addresses: readonly string[] = none, shut: readonly ShutAddress[] = none): void {
+    const { deps, question, verdict, rules, alias } = this
+    deps.report({ question, verdict, rules, alias, result, addresses, shut, took: deps.now() - this.started })
     reply.writeUInt16BE(this.id, 0)
     this.done(reply)
   }

@@ -40,6 +40,8 @@ export type Config = Static<typeof ConfigSchema> & {
   readonly probeName: string
   /** Beside our own on every log line and metric. */
   readonly attributes: ReadonlyMap<string, string>
+  /** What stands in a variable and is passed over, as the original does: told at the start, or its author would rely on it. */
+  readonly ignored: readonly Problem[]
 }
 
 type Environment = Readonly<Record<string, string | undefined>>
@@ -56,17 +58,29 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
       return fallback
     }
   }
+  const ignored: Problem[] = []
+  const passOver = (name: string, value: string, why: string): void => void ignored.push({ path: prefix + name, reason: `${JSON.stringify(value)} ${why}` })
+  const lenient = <T>(name: string, read: (text: string) => T | undefined): T | undefined => {
+    const value = read(text(name))
+    if (value === undefined && text(name).trim() !== '') passOver(name, text(name), 'is not understood: the default holds')
+    return value
+  }
+  const entries = (name: string, read: (item: string) => string | null): string[] => unique(list(text(name)).flatMap((item) => {
+    const entry = read(item)
+    if (entry === null) passOver(name, item, 'is no address: left out')
+    return entry ?? []
+  }))
   const raw = {
     ...given('mode', readMode(text('MODE'))),
     policyFile: text('POLICY_FILE').trim(),
     token: text('TOKEN'),
-    ...given('maxRules', lenientInteger(text('MAX_RULES'), 0, Infinity)),
-    ...given('logLevel', lenientLevel(text('LOG_LEVEL'))),
+    ...given('maxRules', lenient('MAX_RULES', integerOf(0, Infinity))),
+    ...given('logLevel', lenient('LOG_LEVEL', levelOf)),
     ...given('logOutput', list(env['OPENSANDBOX_LOG_OUTPUT'] ?? '').join(',')),
     sandboxId: text('SANDBOX_ID'),
-    ...given('upstreamTimeoutSeconds', lenientInteger(text('DNS_UPSTREAM_TIMEOUT'), 1, 120)),
-    ...given('probeSeconds', lenientInteger(text('DNS_UPSTREAM_PROBE_INTERVAL_SEC'), 1, 3600)),
-    blockDoh: truthy(text('BLOCK_DOH_443')),
+    ...given('upstreamTimeoutSeconds', lenient('DNS_UPSTREAM_TIMEOUT', integerOf(1, 120))),
+    ...given('probeSeconds', lenient('DNS_UPSTREAM_PROBE_INTERVAL_SEC', integerOf(1, 3600))),
+    ...given('blockDoh', lenient('BLOCK_DOH_443', switchOf)),
     ...given('exemption', text('EXEMPTION').trim().toLowerCase()),
   }
   const base = keep(() => checkConfig(ConfigSchema, raw), checkConfig(ConfigSchema, {}))
@@ -75,15 +89,19 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     rules: keep(() => readRules(text('RULES')), { defaultAction: 'deny', egress: [] }),
     http: keep(() => readListenAddress(text('HTTP_ADDR').trim() || ':18080'), { host: '', port: 0 }),
     upstreams: keep(() => readUpstreams(text('DNS_UPSTREAM'), resolvConf), []),
-    openResolvers: unique(list(text('NAMESERVER_EXEMPT')).flatMap((item) => canonicalAddress(item) ?? [])),
-    dohAddresses: unique(list(text('DOH_BLOCKLIST')).map(readNetwork).filter((network) => network !== null).map(formatNetwork)),
+    openResolvers: entries('NAMESERVER_EXEMPT', canonicalAddress),
+    dohAddresses: entries('DOH_BLOCKLIST', (item) => {
+      const network = readNetwork(item)
+      return network === null ? null : formatNetwork(network)
+    }),
     floor: keep(() => readFloor(text('FLOOR')), []),
     denyWebhook: keep(() => readWebhook(text('DENY_WEBHOOK').trim()), null),
     probeName: keep(() => readProbeName(text('DNS_UPSTREAM_PROBE').trim()), ''),
     attributes: keep(() => readAttributes(text('METRICS_EXTRA_ATTRS')), new Map()),
+    ignored,
   }
   // Whoever asks for interception must not believe that it happens.
-  const interception = { MITMPROXY_TRANSPARENT: truthy(text('MITMPROXY_TRANSPARENT')), MITMPROXY_SSL_INSECURE: truthy(text('MITMPROXY_SSL_INSECURE')), MITMPROXY_SCRIPT: text('MITMPROXY_SCRIPT').trim() !== '' }
+  const interception = { MITMPROXY_TRANSPARENT: switchOf(text('MITMPROXY_TRANSPARENT')) === true, MITMPROXY_SSL_INSECURE: switchOf(text('MITMPROXY_SSL_INSECURE')) === true, MITMPROXY_SCRIPT: text('MITMPROXY_SCRIPT').trim() !== '' }
   for (const [name, wanted] of Object.entries(interception)) if (wanted) problems.push({ path: prefix + name, reason: 'is set, but TLS interception is not part of this sidecar: unset it' })
   if (problems.length > 0) throw new ConfigError(problems.map(({ path, reason }) => ({ path: variables[path] ?? path, reason })))
   return Object.freeze(config)
@@ -105,17 +123,21 @@ function unique(items: readonly string[]): string[] {
   return [...new Set(items)]
 }
 
-function truthy(text: string): boolean {
-  return ['1', 'true', 'yes', 'y', 'on'].includes(text.trim().toLowerCase())
+function switchOf(text: string): boolean | undefined {
+  const word = text.trim().toLowerCase()
+  if (['1', 'true', 'yes', 'y', 'on'].includes(word)) return true
+  return ['', '0', 'false', 'no', 'n', 'off'].includes(word) ? false : undefined
 }
 
 /** Numbers of the original fall back to their default when they make no sense; a larger one than allowed is cut. */
-function lenientInteger(text: string, least: number, most: number): number | undefined {
-  const value = /^[+-]?\d+$/.test(text.trim()) ? Number(text) : NaN
-  return value >= least ? Math.min(value, most) : undefined
+function integerOf(least: number, most: number): (text: string) => number | undefined {
+  return (text) => {
+    const value = /^[+-]?\d+$/.test(text.trim()) ? Number(text) : NaN
+    return value >= least ? Math.min(value, most) : undefined
+  }
 }
 
-function lenientLevel(text: string): string | undefined {
+function levelOf(text: string): string | undefined {
   const level = text.trim().toLowerCase()
   if (level === 'warning') return 'warn'
   return ['debug', 'info', 'warn', 'error', 'fatal'].includes(level) ? level : undefined

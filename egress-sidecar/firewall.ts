@@ -182,7 +182,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     await sending
     const lost = [...unwanted]
     const allows = leadJudge(wanted)
-    for (const [address, { leads }] of learned) if (mayOpen(wanted, address) === null || !leads.some(allows)) lost.push(address)
+    for (const [address, { leads }] of learned) if (mayOpen(wanted, address).opened === null || !leads.some(allows)) lost.push(address)
     generation = nextGeneration(generation)
     // A packet that is inside the old chain at that moment may renew its address just behind its deletion, and its connection would then be
     // taken for one of the new policy. Hence addresses are banned by name first, and deleted when no packet is in the old chain any more.

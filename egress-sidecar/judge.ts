@@ -2,13 +2,14 @@
  * May an address that came back for an allowed name be opened? The policy's own verdict, and two kinds of places that a name must
  * not lead to by accident under default deny: our upstream resolvers and public resolvers that answer over HTTPS. Both open again by an address rule.
  */
-import { formatAddress, NetworkTable, readAddress, readNetwork, type Address, type Network } from '#policies/address.ts'
+import { formatAddress, NetworkTable, readAddress, readNetwork, type Network } from '#policies/address.ts'
 import type { Rules } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
-import type { Verdict } from '#policies/verdict.ts'
+import type { DenyReason, Verdict } from '#policies/verdict.ts'
 
-/** The address as the kernel gets it, or null when it must stay shut. */
-export type AddressJudge = (rules: Rules, address: string) => string | null
+/** The address as the kernel gets it, or why it must stay shut. */
+export type Judged = { readonly opened: string; readonly reason: null } | { readonly opened: null; readonly reason: DenyReason }
+export type AddressJudge = (rules: Rules, address: string) => Judged
 
 /** Verdicts remembered per policy; popular names come back with the same addresses again and again. */
 const maxRemembered = 8192
@@ -17,8 +18,7 @@ const maxRemembered = 8192
 export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
   const table = new NetworkTable()
   for (const text of resolvers) table.add(readNetwork(text) as Network, 0)
-  const allowed = (rules: Rules, address: Address): boolean => decideLearned(rules, address).action === 'allow' && (rules.defaultAction === 'allow' || table.find(address) === undefined || decideAddress(rules, address).reason === 'rule-allows')
-  let remembered = new Map<string, string | null>()
+  let remembered = new Map<string, Judged>()
   let rememberedFor: Rules | null = null
 
   return (rules, address) => {
@@ -28,11 +28,19 @@ export function createAddressJudge(resolvers: readonly string[]): AddressJudge {
     }
     const before = remembered.get(address)
     if (before !== undefined) return before
+    const judged = judge(rules, address)
+    remembered.set(address, judged)
+    return judged
+  }
+
+  function judge(rules: Rules, text: string): Judged {
     // Read once: an answer may bring thousands of them.
-    const read = readAddress(address)
-    const opened = read !== null && allowed(rules, read) ? formatAddress(read) : null
-    remembered.set(address, opened)
-    return opened
+    const address = readAddress(text)
+    if (address === null) return { opened: null, reason: 'malformed-address' }
+    const verdict = decideLearned(rules, address)
+    if (verdict.action === 'deny') return { opened: null, reason: verdict.reason }
+    if (rules.defaultAction === 'deny' && table.find(address) !== undefined && decideAddress(rules, address).reason !== 'rule-allows') return { opened: null, reason: 'resolver-address' }
+    return { opened: formatAddress(address), reason: null }
   }
 }
 
@@ -52,11 +60,11 @@ export const knownResolvers: readonly string[] = [
   '185.222.222.222', '45.11.45.11', '223.5.5.5', '223.6.6.6', '120.53.53.53', '1.12.12.12', '45.90.28.0/24', '45.90.30.0/24',
 ]
 
-/** The verdict of a rule (not of the default) that denies a name of the chain: its author did not mean "unless reached by an alias". */
-export function deniedAlias(rules: Rules, aliases: readonly (string | null)[]): Verdict | null {
+/** The name of the chain that a rule (not the default) denies, and how: its author did not mean "unless reached by an alias". */
+export function deniedAlias(rules: Rules, aliases: readonly (string | null)[]): { readonly alias: string | null; readonly verdict: Verdict } | null {
   for (const alias of aliases) {
     const verdict = decideName(rules, alias)
-    if (verdict.reason === 'rule-denies' || verdict.reason === 'malformed-name') return verdict
+    if (verdict.reason === 'rule-denies' || verdict.reason === 'malformed-name') return { alias, verdict }
   }
   return null
 }

@@ -1,5 +1,6 @@
 /** Log lines with the original's keys: level, ts, logger, msg, sandbox_id and the event's own. */
 import { pino, multistream, destination, type Level, type StreamEntry } from 'pino'
+import { canonicalAddress } from '#policies/address.ts'
 import type { Outcome } from './answer.ts'
 import { recordTypes } from './packet.ts'
 
@@ -37,28 +38,38 @@ export function createLog({ level, outputs, sandboxId, attributes }: LogOptions)
   let second = 0
   let lines = 0
 
+  function tellDropped(): void {
+    if (lines > questionLinesPerSecond) log.warn({ 'opensandbox.event': 'egress.lines_dropped', dropped: lines - questionLinesPerSecond }, 'more questions than log lines')
+    lines = 0
+  }
+
   function dropped(): boolean {
     const now = Math.floor(Date.now() / 1000)
     if (now !== second) {
-      if (lines > questionLinesPerSecond) log.warn({ 'opensandbox.event': 'egress.lines_dropped', dropped: lines - questionLinesPerSecond }, 'more questions than log lines')
+      tellDropped()
       second = now
-      lines = 0
     }
-    return ++lines > questionLinesPerSecond
+    lines++
+    // Nobody may ask any more.
+    if (lines === questionLinesPerSecond + 1) setTimeout(tellDropped, 1000).unref()
+    return lines > questionLinesPerSecond
   }
 
   return {
     event: (eventLevel, event, message, fields = {}) => log[eventLevel]({ 'opensandbox.event': event, ...fields }, message),
-    outcome({ question, verdict, result, addresses, took }) {
+    outcome({ question, verdict, rules, alias, result, addresses, shut, took }) {
       if (dropped()) return
       const fields = { 'target.host': question.name ?? '(malformed)', qtype: typeName(question.type), took_ms: Math.round(took * 100) / 100 }
-      if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule }, 'egress denied')
-      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
+      if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule, target: rules.written[verdict.rule ?? -1]?.target, ...(alias === undefined ? {} : { via: alias ?? '(malformed)' }) }, 'egress denied')
+      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(shut.length > 0 ? { left_out: shut.slice(0, maxLoggedAddresses).map(({ address, reason }) => ({ ip: canonicalAddress(address), reason })) } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
     },
     limited(event, message) {
       if (!dropped()) log.warn({ 'opensandbox.event': event }, message)
     },
-    flush: () => log.flush(),
+    flush() {
+      tellDropped()
+      log.flush()
+    },
   }
 }
 

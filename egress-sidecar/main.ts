@@ -22,6 +22,7 @@ function readConfigOrExit(): Config {
 
 const config = readConfigOrExit()
 const log = createLog({ level: config.logLevel, outputs: config.logOutput.split(','), sandboxId: config.sandboxId, attributes: config.attributes })
+for (const { path, reason } of config.ignored) log.event('warn', 'egress.config', `${path}: ${reason}`)
 const sidecar = createSidecar(config, log, failed)
 
 let ending = false

@@ -4,7 +4,7 @@ import { results, type Outcome } from './answer.ts'
 export type Metrics = {
   outcome(outcome: Outcome): void
   policyChanged(): void
-  text(kernel: { readonly learned: number; readonly rules: number; readonly elements: number; readonly updates: number }): string
+  text(kernel: { readonly learned: number; readonly rules: number; readonly elements: number; readonly updates: number; /** null: the kernel did not say. */ readonly refused: number | null }): string
 }
 
 /** Seconds; the interesting part is what a question costs beyond its upstream. */
@@ -17,6 +17,7 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
   const common = [...attributes].map(([name, value]) => `${labelName(name)}="${labelValue(value)}"`).join(',')
   const questions = Object.fromEntries(results.map((result) => [result, 0])) as Record<Outcome['result'], number>
   const denials = new Map<string, number>()
+  const shutAddresses = new Map<string, number>()
   const counts = new Float64Array(buckets.length + 1)
   let sum = 0
   let changes = 0
@@ -30,8 +31,9 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
   }
 
   return {
-    outcome({ result, verdict, took }) {
+    outcome({ result, verdict, shut, took }) {
       questions[result]++
+      for (const { reason } of shut) shutAddresses.set(reason, (shutAddresses.get(reason) ?? 0) + 1)
       if (result === 'denied') {
         denials.set(verdict.reason, (denials.get(verdict.reason) ?? 0) + 1)
         return
@@ -43,7 +45,7 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
       counts[bucket]! += 1
     },
     policyChanged: () => void changes++,
-    text({ learned, rules, elements, updates }) {
+    text({ learned, rules, elements, updates, refused }) {
       const lines: string[] = []
       const metric = (name: string, type: string, help: string, samples: readonly Sample[]): void => {
         const sample = ([suffix, label, value]: Sample): string => `${name}${suffix}${braces(label, common)} ${value}`
@@ -51,6 +53,8 @@ export function createMetrics(attributes: ReadonlyMap<string, string>): Metrics 
       }
       metric('egress_dns_questions_total', 'counter', 'DNS questions by outcome', Object.entries(questions).map(([result, count]) => ['', `result="${result}"`, count]))
       metric('egress_policy_denied_total', 'counter', 'denied DNS questions by reason', [...denials].map(([reason, count]) => ['', `reason="${reason}"`, count]))
+      metric('egress_addresses_refused_total', 'counter', 'addresses left out of answers to allowed names, by reason', [...shutAddresses].map(([reason, count]) => ['', `reason="${reason}"`, count]))
+      if (refused !== null) metric('egress_packets_denied_total', 'counter', 'packets that were told no', [['', '', refused]])
       let below = 0
       const histogram = buckets.map((limit, i): Sample => ['_bucket', `le="${limit}"`, (below += counts[i] as number)])
       const all = below + (counts[buckets.length] as number)

@@ -8,8 +8,8 @@ import { execa } from 'execa'
 export type Nft = {
   /** @throws NftError when nft refuses the transaction, dies or does not confirm in time */
   apply(statements: readonly string[], timeoutMs?: number): Promise<string>
-  /** What a set holds, as nft prints it. For large sets: the long-lived process would keep the memory. @throws NftError */
-  list(set: string): Promise<string>
+  /** What a set or counter (`set inet t s`) holds, as nft prints it, by a process of its own: the long-lived one would keep the memory. @throws NftError */
+  list(object: string): Promise<string>
   close(): void
 }
 
@@ -147,9 +147,9 @@ export function createNft(): Nft {
       for (const statement of statements) if (statement.includes('\n')) throw new NftError('a statement must be one line')
       return inTurn(() => runNext(statements, timeoutMs))
     },
-    async list(set) {
-      const result = await execa('nft', ['list', 'set', ...set.split(' ')], { reject: false, env: environment, extendEnv: false, timeout: listTimeoutMs, stdin: 'ignore', cleanup: false })
-      if (result.failed) throw new NftError(`nft list set ${set}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
+    async list(object) {
+      const result = await execa('nft', ['list', ...object.split(' ')], { reject: false, env: environment, extendEnv: false, timeout: listTimeoutMs, stdin: 'ignore', cleanup: false })
+      if (result.failed) throw new NftError(`nft list ${object}: ${result.stderr.trim() || result.shortMessage || 'failed'}`)
       return result.stdout
     },
     close() {

@@ -73,7 +73,9 @@ const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr
 
 const table = 'inet opensandbox'
 /** Where `openStatements` puts addresses. */
-export const learnedSets = [`${table} dyn_allow_v4`, `${table} dyn_allow_v6`] as const
+export const learnedSets = [`set ${table} dyn_allow_v4`, `set ${table} dyn_allow_v6`] as const
+/** Packets that were told no since the start, whatever policies came and went. */
+export const deniedCounter = `counter ${table} denied`
 const chains = ['nat', 'egress', 'exempt', 'denied'] as const
 const dockerResolver = '127.0.0.11'
 
@@ -90,6 +92,7 @@ type Family = (typeof families)[number]
 export function bootStatements(apiPort: number): string[] {
   return [
     `add table ${table}`, `delete table ${table}`, `add table ${table}`,
+    `add ${deniedCounter}`,
     `add chain ${table} exempt`,
     `add chain ${table} denied`,
     `add chain ${table} inside`,
@@ -186,6 +189,12 @@ export function forgetStatements(addresses: readonly string[]): string[] {
   })
 }
 
+/** @param listed what nft prints of `deniedCounter` */
+export function readDenied(listed: string): number | null {
+  const packets = /packets (\d+)/.exec(listed)?.[1]
+  return packets === undefined ? null : Number(packets)
+}
+
 /** What `checks.ts` reads the installed rules back with. */
 export const listStatements = [`list chain ${table} nat`, `list chain ${table} egress`]
 
@@ -255,7 +264,7 @@ function toUpstream(exemption: Exemption, { address, port }: Upstream, protocol:
 }
 
 // A reset or an ICMP error reaches the client within milliseconds; a silent drop costs it its whole timeout.
-const deniedRules = ['counter', 'meta l4proto tcp reject with tcp reset', 'reject with icmpx type admin-prohibited']
+const deniedRules = ['counter name "denied"', 'meta l4proto tcp reject with tcp reset', 'reject with icmpx type admin-prohibited']
 
 // Docker's resolver also listens on a random port of 127.0.0.11, which no redirect of port 53 sees.
 const notDockerResolver = `ip daddr ${dockerResolver} goto denied`

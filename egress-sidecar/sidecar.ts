@@ -25,7 +25,7 @@ import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
 import { askOnce } from './question.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
-import { aliveStatements, askAliveStatement, bootStatements, closeStatements, dnsPort, heartbeat } from './ruleset.ts'
+import { aliveStatements, askAliveStatement, bootStatements, closeStatements, deniedCounter, dnsPort, heartbeat, readDenied } from './ruleset.ts'
 import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
 import { createWebhook, type Webhook } from './webhook.ts'
 
@@ -94,13 +94,15 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       token: config.token,
       enforcementMode: config.mode,
       unready: () => unready,
-      changed: ({ policy, rules }) => {
+      floor: config.floor,
+      changed: ({ policy, rules }, change) => {
         metrics.policyChanged()
-        log.event('info', 'egress.updated', 'egress policy updated', { 'egress.default': policy.defaultAction, rules })
+        log.event('info', 'egress.updated', 'egress policy updated', { change, 'egress.default': policy.defaultAction, rules })
       },
+      unauthorized: (from) => log.limited('egress.unauthorized', `policy API: a request from ${from} without the right token`),
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
       inspect: async () => (firewall === null ? null : await rulesPresent({ nft: kernel, filter, rules: firewall.rules }).catch((error: Error) => error.message)) ?? '',
-      metrics: () => metrics.text({ learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
+      metrics: async () => metrics.text({ refused: await kernel.list(deniedCounter).then(readDenied, () => null), learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
     })
     // 3. our own way to the resolvers
     const now = (): number => performance.now()

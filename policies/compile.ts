@@ -15,6 +15,8 @@ export type CompiledRule = { readonly action: Action; readonly index: number }
 
 export type Rules = {
   readonly defaultAction: Action
+  /** The user's, as written; a verdict's `rule` is a place in this list. */
+  readonly written: readonly NetworkRule[]
   /** Domain rules in order of precedence; the maps hold positions in this list. */
   readonly nameRules: readonly CompiledRule[]
   readonly exact: ReadonlyMap<string, number>
@@ -68,7 +70,7 @@ export function compilePolicy(policy: NetworkPolicy, layers: Layers = {}): Rules
 
   const pick = (action: Action, family: 4 | 6): string[] => [...sets[action]].filter(([, network]) => network.family === family).map(([text]) => text)
   return {
-    defaultAction: policy.defaultAction, nameRules, exact, suffix, suffixLabels: Math.max(0, ...[...suffix.keys()].map((key) => key.split('.').length)),
+    defaultAction: policy.defaultAction, written: policy.egress, nameRules, exact, suffix, suffixLabels: Math.max(0, ...[...suffix.keys()].map((key) => key.split('.').length)),
     allowTable: tables.allow, denyTable: tables.deny, floorTable,
     allow4: pick('allow', 4), allow6: pick('allow', 6), deny4: pick('deny', 4), deny6: pick('deny', 6),
   }

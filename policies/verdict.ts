@@ -5,6 +5,6 @@ export type Verdict =
 
 /** Closed lists: each reason is also a metric label and a line in the README. */
 export const allowReasons = ['rule-allows', 'default-allows', 'name-was-allowed'] as const
-export const denyReasons = ['rule-denies', 'default-denies', 'floor', 'special-use-address', 'malformed-name', 'malformed-address', 'policy-not-loaded'] as const
+export const denyReasons = ['rule-denies', 'default-denies', 'floor', 'special-use-address', 'resolver-address', 'malformed-name', 'malformed-address'] as const
 export type AllowReason = (typeof allowReasons)[number]
 export type DenyReason = (typeof denyReasons)[number]

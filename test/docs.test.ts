@@ -71,7 +71,7 @@ for (const [folder, schema, nameOf] of [
 
 t.test('egress-sidecar/README.md names every environment variable the program reads, and no other', async (t) => {
   const config = read(path.join(top, 'egress-sidecar', 'config.ts'))
-  const prefixed = [...config.matchAll(/\btext\('([A-Z0-9_]+)'\)/g)].map((match) => `OPENSANDBOX_EGRESS_${match[1]}`)
+  const prefixed = [...config.matchAll(/\b(?:text|lenient|entries)\('([A-Z0-9_]+)'/g)].map((match) => `OPENSANDBOX_EGRESS_${match[1]}`)
   const whole = [...sourceOf('egress-sidecar').matchAll(/\benv(?:ironment)?\['(OPENSANDBOX_[A-Z0-9_]+)'\]|\benv\.(OPENSANDBOX_[A-Z0-9_]+)/g)].map((match) => match[1] ?? match[2]!)
   const wanted = [...new Set([...prefixed, ...whole])].sort()
   const configure = /^## Configure$([\s\S]*?)(?=^## |$(?![\s\S]))/m.exec(read(readmeOf('egress-sidecar')))?.[1] ?? ''

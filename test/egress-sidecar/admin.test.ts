@@ -21,7 +21,7 @@ async function setUp(t: Test, given: Partial<AdminDeps> = {}, limits: Partial<ty
     return { policy, rules: [], ...(reason === undefined ? {} : { reason }) }
   }
   const keeper: PolicyKeeper = { policy, always: { deny: [], allow: [] }, put: take('put'), patch: take('patch'), remove: take('remove', 'no matching targets found'), reload: async () => false }
-  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, inspect: async () => '', metrics: () => 'egress_x 1\n', ...given }, { ...adminLimits, ...limits })
+  const admin = await listenAdmin({ host: '127.0.0.1', port: 0 }, { keeper: () => keeper, token: '', enforcementMode: 'dns+nft', unready: () => '', changed: () => undefined, refused: () => undefined, inspect: async () => '', metrics: async () => 'egress_x 1\n', floor: ['169.254.169.254'], unauthorized: () => undefined, ...given }, { ...adminLimits, ...limits })
   t.teardown(() => admin.close())
   const call = (method: string, path: string, body = '', headers: Record<string, string> = {}): Promise<Answer> =>
     new Promise((resolve, reject) => {
@@ -76,20 +76,20 @@ t.test('every change and every refusal is told', async (t) => {
   const told: string[] = []
   const { call } = await setUp(t, {
     keeper: () => keeper,
-    changed: ({ policy, rules }) => void told.push(['changed', policy.defaultAction, ...rules.map(({ target }) => target)].join(' ')),
+    changed: ({ policy, rules }, how) => void told.push([how, policy.defaultAction, ...rules.map(({ target }) => target)].join(' ')),
     refused: ({ status, message }) => void told.push(`refused ${status} ${message}`),
   })
   const rows: [method: string, body: string, want: string[]][] = [
     ['GET', '', []],
     ['OPTIONS', '', []],
-    ['PATCH', '[{"target":"b.example"}]', ['changed allow b.example']],
+    ['PATCH', '[{"target":"b.example"}]', ['patch allow b.example']],
     ['PATCH', '[{"target":"c.example"}]', ['refused 413 egress rule total count 3 exceeds limit 2']],
-    ['DELETE', '["a.example","x.example"]', ['changed allow a.example']],
+    ['DELETE', '["a.example","x.example"]', ['delete allow a.example']],
     ['DELETE', '["a.example"]', []],
     ['DELETE', '', ['refused 400 empty body']],
     ['PUT', '{"egress":[{"action":"x","target":"a.b"}]}', ['refused 400 invalid policy: unsupported action "x"']],
-    ['PUT', '{"egress":[{"target":"d.example"}]}', ['changed deny d.example']],
-    ['POST', '', ['changed deny']],
+    ['PUT', '{"egress":[{"target":"d.example"}]}', ['put deny d.example']],
+    ['POST', '', ['put deny']],
   ]
   for (const [method, body, want] of rows) {
     await call(method, '/policy', body)
@@ -193,10 +193,12 @@ t.test('errors are plain text', async (t) => {
 })
 
 t.test('who may', async (t) => {
-  const { call, bodies } = await setUp(t, { token: 'secret' })
+  const strangers: string[] = []
+  const { call, bodies } = await setUp(t, { token: 'secret', unauthorized: (from) => void strangers.push(from) })
   for (const headers of [{}, { 'opensandbox-egress-auth': 'wrong' }, { 'opensandbox-egress-auth': '' }, { authorization: 'secret' }]) {
     for (const method of ['GET', 'POST', 'OPTIONS']) t.same(await call(method, '/policy', '{}', headers).then(({ status, text }) => [status, text]), [401, 'unauthorized\n'], `${method} ${JSON.stringify(headers)}`)
   }
+  t.same(strangers, Array(12).fill('inside'), 'each is told, with where it came from')
   t.equal((await call('GET', '/policy', '', { 'OPENSANDBOX-EGRESS-AUTH': 'secret' })).status, 200)
   t.equal((await call('GET', '/healthz')).status, 200, 'health needs none')
   for (const headers of [{ origin: 'http://evil.example' }, { origin: 'null' }, { origin: '' }, { 'sec-fetch-site': 'cross-site' }, { 'sec-fetch-site': 'same-site' }, { 'sec-fetch-site': '' }]) {
@@ -209,7 +211,7 @@ t.test('who may', async (t) => {
 t.test('looking in', async (t) => {
   let problem = ''
   const { call } = await setUp(t, { inspect: async () => problem })
-  t.same(JSON.parse((await call('GET', '/policy/effective')).text), { enforcementMode: 'dns+nft', defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }], operatorRules: 0 })
+  t.same(JSON.parse((await call('GET', '/policy/effective')).text), { enforcementMode: 'dns+nft', defaultAction: 'deny', egress: [{ action: 'allow', target: 'a.example' }], operatorRules: 0, floor: ['169.254.169.254'] })
   t.same(await call('GET', '/metrics').then(({ status, text }) => [status, text]), [200, 'egress_x 1\n'])
   t.same(await call('GET', '/readyz').then(({ status, text }) => [status, text]), [200, 'ready'])
   problem = 'the rules are gone'

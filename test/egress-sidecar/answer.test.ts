@@ -116,6 +116,11 @@ t.test('addresses that an allowed name must not lead to', async (t) => {
   t.same(explicit.opened[0]?.addresses, ['10.0.0.1'], 'an address rule covers it')
   const denied = await play({ rules: rulesOf(['allow', '*.example'], ['deny', '198.51.100.0/24']), reply: addressReply('198.51.100.1', '198.18.0.1') })
   t.same(addressesIn(denied.got), ['198.18.0.1'])
+  t.same(denied.outcomes[0]?.shut, [{ address: '198.51.100.1', reason: 'rule-denies' }])
+  const floor = compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }] }, { floor: ['198.18.0.0/15'] })
+  const told = await play({ rules: floor, reply: addressReply('198.18.0.1', '10.0.0.1', '8.8.8.8', '198.51.100.1') })
+  t.same(told.outcomes[0]?.shut, [{ address: '198.18.0.1', reason: 'floor' }, { address: '10.0.0.1', reason: 'special-use-address' }, { address: '8.8.8.8', reason: 'resolver-address' }], 'each with its reason')
+  t.same([told.result, told.outcomes[0]?.addresses], ['answered', ['198.51.100.1']])
 })
 
 t.test('aliases', async (t) => {
@@ -123,6 +128,7 @@ t.test('aliases', async (t) => {
   t.equal((await play({ reply: chain('cdn.elsewhere') })).result, 'answered', 'a target that only the default denies is what CDNs do')
   const denied = await play({ rules: rulesOf(['allow', 'a.example'], ['deny', 'tracker.elsewhere']), reply: chain('tracker.elsewhere') })
   t.equal(denied.result, 'denied', 'a rule denies the target')
+  t.match(denied.outcomes[0], { alias: 'tracker.elsewhere', verdict: { rule: 1 } })
   t.equal(rcodeOf(denied.got), 3)
   t.same(denied.opened, [])
   const stray = await play({ reply: replyTo({ answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: 'bank.elsewhere', type: types.A, data: '198.51.100.66' }] }) })
@@ -158,6 +164,8 @@ t.test('failures are SERVFAIL', async (t) => {
   const cut = addressReply('198.51.100.1').subarray(0, -1)
   for (const { why, play: input, want } of [
     { why: 'no upstream', play: { reply: null }, want: 'no-upstream' },
+    { why: 'upstream says SERVFAIL', play: { reply: replyTo({ flags: replyFlags | 2 }) }, want: 'upstream-failed' },
+    { why: 'or REFUSED', play: { reply: replyTo({ flags: replyFlags | 5 }) }, want: 'upstream-failed' },
     { why: 'garbage', play: { reply: cut }, want: 'bad-answer' },
     { why: 'the kernel did not confirm', play: { reply: addressReply('198.51.100.1'), opened: ['failed' as const] }, want: 'kernel-failed' },
     { why: 'a policy that changes all the time', play: { reply: addressReply('198.51.100.1'), opened: ['stale' as const] }, want: 'policy-unsettled' },

@@ -37,6 +37,15 @@ t.test('numbers and switches are as lenient as the original', async (t) => {
   t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_TOKEN: ' a b ' }).token, ' a b ', 'a token is used as it is')
 })
 
+t.test('what is passed over is told', async (t) => {
+  const of = (env: Record<string, string>): string[] => readConfig({ ...dns, ...Object.fromEntries(Object.entries(env).map(([name, value]) => [`OPENSANDBOX_EGRESS_${name}`, value])) }).ignored.map(({ path, reason }) => `${path.replace('OPENSANDBOX_EGRESS_', '')}: ${reason}`)
+  for (const [name, value] of [['MAX_RULES', 'many'], ['LOG_LEVEL', 'verbose'], ['DNS_UPSTREAM_TIMEOUT', '0'], ['DNS_UPSTREAM_PROBE_INTERVAL_SEC', '1.5'], ['BLOCK_DOH_443', 'enabled']] as const) {
+    t.same(of({ [name]: value }), [`${name}: "${value}" is not understood: the default holds`])
+  }
+  t.same(of({ DOH_BLOCKLIST: '8.8.8.8,1.1.1.300, dns.example', NAMESERVER_EXEMPT: '10.0.0.0/8, 198.51.100.1' }), ['NAMESERVER_EXEMPT: "10.0.0.0/8" is no address: left out', 'DOH_BLOCKLIST: "1.1.1.300" is no address: left out', 'DOH_BLOCKLIST: "dns.example" is no address: left out'])
+  t.same(of({ MAX_RULES: ' +7 ', LOG_LEVEL: 'WARNING', BLOCK_DOH_443: 'Off', DNS_UPSTREAM_TIMEOUT: '999', DOH_BLOCKLIST: ' ,', NAMESERVER_EXEMPT: '' }), [], 'nothing to tell')
+})
+
 t.test('what is written to the log, and where to', async (t) => {
   for (const [text, want] of [
     ['debug', 'debug'], ['info', 'info'], ['warn', 'warn'], ['warning', 'warn'], ['error', 'error'], ['fatal', 'fatal'],

@@ -9,7 +9,7 @@ export type FakeNft = Nft & {
   /** Confirms (or refuses) the oldest waiting transaction. */
   confirm(error?: Error): void
   readonly waiting: number
-  /** What `list` prints, by set; an error for a set that is not there. */
+  /** What `list` prints, by object; an error for one that is not there. */
   readonly listings: Map<string, string>
 }
 
@@ -29,9 +29,9 @@ export function fakeNft(): FakeNft {
       return new Promise((resolve, reject) => pending.push((error) => (error === undefined ? resolve('') : reject(error))))
     },
     listings,
-    async list(set) {
-      const listing = listings.get(set)
-      if (listing === undefined) throw new Error('no such set')
+    async list(object) {
+      const listing = listings.get(object)
+      if (listing === undefined) throw new Error('no such object')
       return listing
     },
     close: () => undefined,

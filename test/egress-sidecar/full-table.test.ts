@@ -48,7 +48,7 @@ t.test('a flood of answers: no more than the kernel holds, no transaction larger
   t.ok(Math.max(...sizes) <= 8192, `at most ${Math.max(...sizes)} addresses in one command`)
 })
 
-const sets = ['inet opensandbox dyn_allow_v4', 'inet opensandbox dyn_allow_v6'] as const
+const sets = ['set inet opensandbox dyn_allow_v4', 'set inet opensandbox dyn_allow_v6'] as const
 
 /** 32,768 addresses learned at moment 0 for a minute, the last of them pushed over the limit at moment 30,000. */
 async function fill(listed: (i: number) => string) {

@@ -46,7 +46,7 @@ t.test('mutated messages', { timeout: 3_600_000 }, async (t) => {
   const deps: AnswerDeps = {
     resolver: { ask: (query, _end, _transport, done) => done((asked = query, null)) },
     firewall: { rules, learned: 0, updates: 0, replace: async () => undefined, open: () => 'open' },
-    mayOpen: (_, address) => address,
+    mayOpen: (_, address) => ({ opened: address, reason: null }),
     now: () => 0,
     report: (outcome) => outcomes.push(outcome),
   }
@@ -127,7 +127,7 @@ t.test('mutated and grown answers: nothing is opened or told that the question d
         done(echoOf(reply, asked, end) === 'none' ? null : reply)
       } },
       firewall: { rules, learned: 0, updates: 0, replace: async () => undefined, open: (_name, _aliases, addresses) => (opened.push(...addresses), 'open') },
-      mayOpen: (_, address) => address, now: () => 0, report: () => undefined,
+      mayOpen: (_, address) => ({ opened: address, reason: null }), now: () => 0, report: () => undefined,
     }, (bytes) => (got = bytes))
     if (got === null) problems.push(`no reply to ${query.toString('hex')}`)
     else if (rcodeOf(got) !== 0) seen.refused++

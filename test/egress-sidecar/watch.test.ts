@@ -3,6 +3,7 @@ import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { execa } from 'execa'
 import t from 'tap'
+import { compilePolicy } from '#policies/compile.ts'
 import { readLogSkip } from '../../egress-sidecar/always-files.ts'
 import type { Outcome } from '../../egress-sidecar/answer.ts'
 import { createLog } from '../../egress-sidecar/log.ts'
@@ -12,7 +13,7 @@ import { root } from '../support/program.ts'
 type Line = Record<string, unknown>
 
 const linesOf = (path: string): Line[] => readFileSync(path, 'utf8').split('\n').filter((line) => line !== '').map((line) => JSON.parse(line) as Line)
-const outcome: Outcome = { question: { name: 'a.example', type: 1, class: 1, end: 0, judged: { policy: 0, verdict: null } }, verdict: { action: 'allow', reason: 'rule-allows', rule: 0 }, result: 'answered', addresses: [], took: 1.2345 }
+const outcome: Outcome = { question: { name: 'a.example', type: 1, class: 1, end: 0, judged: { policy: 0, verdict: null } }, verdict: { action: 'allow', reason: 'rule-allows', rule: 0 }, rules: compilePolicy({ defaultAction: 'allow', egress: ['a.example', 'b.example', 'c.example', '*.Example'].map((target) => ({ action: 'deny', target })) }), result: 'answered', addresses: [], shut: [], took: 1.2345 }
 const denied: Outcome = { ...outcome, verdict: { action: 'deny', reason: 'rule-denies', rule: 3 }, result: 'denied' }
 
 t.test('log_skip.always', async (t) => {
@@ -83,7 +84,11 @@ t.test('one line for each question', async (t) => {
     { why: 'without addresses', outcome: { ...outcome, question: asked('', 65) }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': '', qtype: 'HTTPS', took_ms: 1.23 } },
     { why: 'more addresses than a line holds', outcome: { ...outcome, question: asked('a.example', 28), addresses: many }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': 'a.example', qtype: 'AAAA', took_ms: 1.23, 'target.ips': many.slice(0, 16) } },
     { why: 'allowed, but not answered', outcome: { ...outcome, question: asked('a.example', 16), result: 'no-upstream' }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': 'a.example', qtype: 'TYPE16', took_ms: 1.23, error: 'no-upstream' } },
-    { why: 'denied by a rule', outcome: denied, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies', rule: 3 } },
+    { why: 'denied by a rule', outcome: denied, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies', rule: 3, target: '*.Example' } },
+    { why: 'denied for a name it led to', outcome: { ...denied, alias: 'b.example' }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies', rule: 3, target: '*.Example', via: 'b.example' } },
+    { why: 'for one that is no name', outcome: { ...denied, verdict: { action: 'deny', reason: 'malformed-name' }, alias: null }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'malformed-name', via: '(malformed)' } },
+    { why: "by an operator's rule", outcome: { ...denied, verdict: { action: 'deny', reason: 'rule-denies' } }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies' } },
+    { why: 'addresses that stay shut', outcome: { ...outcome, shut: [{ address: 'fd00:0:0:0:0:0:0:1', reason: 'special-use-address' }, ...many.map((address) => ({ address, reason: 'floor' as const }))] }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, left_out: [{ ip: 'fd00::1', reason: 'special-use-address' }, ...many.slice(0, 15).map((ip) => ({ ip, reason: 'floor' }))] } },
     { why: 'no name at all', outcome: { ...denied, question: asked(null, 1), verdict: { action: 'deny', reason: 'malformed-name' } }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': '(malformed)', qtype: 'A', took_ms: 1.23, reason: 'malformed-name' } },
   ]
   for (const { outcome } of rows) log.outcome(outcome)
@@ -116,6 +121,20 @@ t.test('of more questions than 100 in a second the rest is counted, and told wit
   t.equal(linesOf(file).length, 104, 'nothing was left out, nothing is told')
 })
 
+t.test('what was left out is told a second later when nobody asks any more, and at the end', async (t) => {
+  const file = join(t.testdir({}), 'log')
+  const dropped = (): unknown[] => linesOf(file).filter((line) => line['opensandbox.event'] === 'egress.lines_dropped').map((line) => line['dropped'])
+  t.intercept(Date, 'now', { value: () => 7000 })
+  const log = createLog({ level: 'info', outputs: [file], sandboxId: '', attributes: new Map() })
+  for (let i = 0; i < 107; i++) log.outcome(outcome)
+  t.same(dropped(), [])
+  await new Promise((resolve) => setTimeout(resolve, 1100))
+  t.same(dropped(), [7])
+  for (let i = 0; i < 103; i++) log.outcome(outcome)
+  log.flush()
+  t.same(dropped(), [7, 3])
+})
+
 t.test('attributes stand on every log line, but never in the place of our own', async (t) => {
   const file = join(t.testdir({}), 'log')
   const log = createLog({ level: 'info', outputs: [file], sandboxId: 'box', attributes: new Map([['team', 'a'], ['sandbox_id', 'other']]) })
@@ -131,12 +150,12 @@ t.test('attributes stand on every log line, but never in the place of our own', 
 t.test('attributes are labels of every metric', async (t) => {
   const metrics = createMetrics(new Map([['sandbox_id', 'b"o\\x\n'], ['2nd-team', 'a']]))
   metrics.policyChanged()
-  const samples = metrics.text({ learned: 3, rules: 2, elements: 7, updates: 5 }).trim().split('\n').filter((line) => !line.startsWith('#'))
+  const samples = metrics.text({ learned: 3, rules: 2, elements: 7, updates: 5, refused: 6 }).trim().split('\n').filter((line) => !line.startsWith('#'))
   for (const line of samples) t.ok(line.includes('sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} '), line)
   t.ok(samples.includes('egress_learned_addresses{sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} 3'))
   t.ok(samples.some((line) => line.startsWith('egress_dns_query_duration_seconds_bucket{le="0.001",sandbox_id=')))
   for (const [name, value] of [['egress_nftables_rules_count', '7'], ['egress_nftables_updates_count_total', '5']] as const) t.ok(samples.includes(`${name}{sandbox_id="b\\"o\\\\x\\n",_2nd_team="a"} ${value}`), name)
-  const share = (): number => Number(/^egress_system_cpu_utilization (\S+)$/m.exec(idle.text({ learned: 0, rules: 0, elements: 0, updates: 0 }))?.[1])
+  const share = (): number => Number(/^egress_system_cpu_utilization (\S+)$/m.exec(idle.text({ learned: 0, rules: 0, elements: 0, updates: 0, refused: 0 }))?.[1])
   const idle = createMetrics(new Map())
   // A machine under load gives us less of it.
   const compare = async (what: string, work: () => unknown): Promise<void> => {
@@ -151,5 +170,5 @@ t.test('attributes are labels of every metric', async (t) => {
     for (const until = performance.now() + 200; performance.now() < until;);
   })
   await compare('not any more', () => new Promise((resolve) => setTimeout(resolve, 200)))
-  t.match(createMetrics(new Map()).text({ learned: 3, rules: 2, elements: 7, updates: 5 }), /\negress_learned_addresses 3\n/)
+  t.match(createMetrics(new Map()).text({ learned: 3, rules: 2, elements: 7, updates: 5, refused: 6 }), /\negress_learned_addresses 3\n/)
 })

@@ -15,7 +15,7 @@ t.test('settings', async (t) => {
   const sidecar = await space.startSidecarWithVar({
     OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_MAX_RULES: '1', OPENSANDBOX_EGRESS_HTTP_ADDR: '127.0.0.1:18099', OPENSANDBOX_EGRESS_METRICS_EXTRA_ATTRS: 'team=blue',
     OPENSANDBOX_LOG_OUTPUT: 'stdout,/var/log/egress.log,/dev/full', OPENSANDBOX_EGRESS_POLICY_FILE: ' /proc/nowhere.json ',
-    OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${deadUpstream},${outside.v4}`, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: 'probe.example', OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: '1',
+    OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${deadUpstream},${outside.v4}`, OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE: 'probe.example', OPENSANDBOX_EGRESS_DNS_UPSTREAM_PROBE_INTERVAL_SEC: '1', OPENSANDBOX_EGRESS_BLOCK_DOH_443: 'please',
   }, { 'log_skip.always': 'quiet.ok.example' })
   const call = (method: string, path: string, body = ''): Promise<string> => space.run('curl', '-s', '-m', '5', '-w', ' %{http_code}', '-X', method, '-d', body, `http://127.0.0.1:18099${path}`)
 
@@ -30,7 +30,7 @@ t.test('settings', async (t) => {
   const hosts = lines.filter((line) => line['opensandbox.event'] === 'egress.outbound').map((line) => line['target.host'])
   t.same([hosts.includes('loud.ok.example'), hosts.includes('quiet.ok.example')], [true, false], 'names of log_skip.always have no line')
   t.match(lines.filter((line) => line['opensandbox.event'] === 'egress.update_failed'), [{ level: 'warn' }, { level: 'error' }], 'a refusal is a warning, a failure an error')
-  t.equal(lines[0]?.['team'], 'blue')
+  t.match(lines[0], { team: 'blue', level: 'warn', 'opensandbox.event': 'egress.config', msg: 'OPENSANDBOX_EGRESS_BLOCK_DOH_443: "please" is not understood: the default holds' }, 'what is passed over is told')
   t.match(readFileSync(`/proc/${sidecar.pid}/root/var/log/egress.log`, 'utf8'), '"egress.loaded"', 'every output has it, and one on a full disk ends nothing')
 })
 
@@ -38,7 +38,23 @@ t.test('what is removed is said', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('a.example', 'b.example') })
   t.match(await space.run('curl', '-s', '-X', 'DELETE', '-d', '["a.example"]', 'http://127.0.0.1:18080/policy'), '"status":"ok"')
-  t.match(sidecar.log(), /"egress\.updated"[^\n]*"rules":\[\{"action":"allow","target":"a\.example"\}\]/)
+  t.match(sidecar.log(), /"egress\.updated"[^\n]*"change":"delete"[^\n]*"rules":\[\{"action":"allow","target":"a\.example"\}\]/)
+})
+
+t.test('who looks for a reason finds it', async (t) => {
+  await using space = await createNamespaces()
+  const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('*.ok.example'), OPENSANDBOX_EGRESS_FLOOR: `${outside.v4}/32`, OPENSANDBOX_EGRESS_TOKEN: 'secret' })
+  const call = (...args: string[]): Promise<string> => space.run('curl', '-s', '-m', '5', '-H', 'OPENSANDBOX-EGRESS-AUTH: secret', ...args)
+  const counted = async (): Promise<number> => Number(/^egress_packets_denied_total (\d+)$/m.exec(await call('http://127.0.0.1:18080/metrics'))?.[1])
+  const before = await counted()
+  t.equal((await space.ask({ connect: outside.other }))[0]?.result, 'ECONNREFUSED')
+  const after = await counted()
+  t.ok(after > before, `a connection that is refused is counted: ${before}, ${after}`)
+  t.match(await call('-X', 'POST', '-d', policy('*.ok.example', 'more.example'), 'http://127.0.0.1:18080/policy'), '"status":"ok"')
+  t.ok(await counted() >= after, 'whatever policies come')
+  t.match(await call('http://127.0.0.1:18080/policy/effective'), `"floor":["${outside.v4}/32"]`)
+  await space.run('curl', '-s', '-m', '5', 'http://127.0.0.1:18080/policy')
+  t.match(sidecar.log(), /"egress\.unauthorized"[^\n]*a request from inside/)
 })
 
 t.test('a line of an always file that is none', async (t) => {
