@@ -41,6 +41,8 @@ const maxLearned = 32768
 const keptWhenFull = maxLearned - 4096
 /** No further ones at all: room is made slower than answers with thousands of addresses come in. */
 const mostLearned = 40960
+/** As many as the kernel's sets hold; beyond that those that it has not are forgotten. */
+const mostStrays = 65536
 /** Addresses of one transaction: nft needs memory for all of it at once. */
 const mostAtOnce = 8192
 /** A lease that covers the client's TTL and this many ms is not extended again. */
@@ -77,6 +79,11 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   const book = createLeadBook()
   /** Shut with the next transaction. */
   const unwanted = new Set<string>()
+  /**
+   * Given up under a policy that still allows them: a packet that comes by while they are deleted puts them back. So the kernel may have them, and
+   * the next policy shuts them, whatever it says.
+   */
+  const strays = new Set<string>()
   /** Addresses that a policy took away are still banned by name in the kernel. */
   let banned = false
   let makingRoom = false
@@ -144,6 +151,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     if (entry.until >= wanted - slackMs) return entry.batch
     next ??= new Batch()
     if (before !== undefined || unwanted.has(address)) next.known.add(address)
+    strays.delete(address)
     entry.until = wanted
     entry.batch = next
     next.elements.set(address, seconds)
@@ -169,10 +177,12 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     makingRoom = true
     const leases = await Promise.all(learnedSets.map((set) => nft.list(set))).then((listings) => readLeases(listings.join('')), () => null)
     const { over, shut } = chooseGivenUp(learned, leases, now(), keptWhenFull)
+    if (leases !== null && strays.size > mostStrays) for (const address of strays) if (!leases.has(address)) strays.delete(address)
     for (const address of over) forget(address)
     for (const address of shut) {
       forget(address)
       unwanted.add(address)
+      strays.add(address)
     }
     makingRoom = false
   }
@@ -180,7 +190,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
   async function commit(wanted: Rules): Promise<void> {
     // What is on its way was judged under the policy that still holds.
     await sending
-    const lost = [...unwanted]
+    const lost = [...new Set([...unwanted, ...strays])]
     const allows = leadJudge(wanted)
     for (const [address, { leads }] of learned) if (mayOpen(wanted, address).opened === null || !leads.some(allows)) lost.push(address)
     generation = nextGeneration(generation)
@@ -211,19 +221,19 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
       forget(address)
       unwanted.add(address)
     }
+    strays.clear()
     // What waits was judged under the old policy and has not reached the kernel.
     if (next !== null) {
       release(next, false)
       next.settle('stale')
       next = null
     }
-    if (lost.length === 0) return
-    banned = true
-    try {
-      await forgetUnwanted([], replaceTimeoutMs)
-    } catch {
-      // Fails closed: the addresses stay banned until the next transaction.
-    }
+    banned ||= lost.length > 0
+  }
+
+  /** Behind a policy that is enforced already. Where it fails, the addresses stay banned until the next transaction. */
+  async function forgetBanned(): Promise<void> {
+    if (banned) await forgetUnwanted([], replaceTimeoutMs).catch(() => undefined)
   }
 
   /** The kernel may have a policy that its owner is told it has not. */
@@ -260,12 +270,12 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     },
     replace(wanted) {
       replacing++
-      const result = replacements.then(() => commit(wanted)).finally(() => {
+      const enforced = replacements.then(() => commit(wanted))
+      replacements = enforced.then(forgetBanned, () => undefined).then(() => {
         replacing--
         void pump()
       })
-      replacements = result.catch(() => undefined)
-      return result
+      return enforced
     },
     open(name, aliases, addresses, seconds, judgedBy) {
       if (judgedBy !== rules) return 'stale'

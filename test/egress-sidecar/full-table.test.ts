@@ -65,7 +65,7 @@ async function fill(listed: (i: number) => string) {
   const learned = firewall.learned
   await firewall.open('b.example', [], ['198.51.100.2'], 60, rules)
   const last = nft.transactions.at(-1) ?? ''
-  return { full, learned, between: nft.transactions.slice(before, -1).join(), deleted: new Set(/delete element inet opensandbox dyn_allow_v4 \{ ([^}]+) \}/.exec(last)?.[1]?.split(', ')) }
+  return { nft, firewall, full, learned, between: nft.transactions.slice(before, -1).join(), deleted: new Set(/delete element inet opensandbox dyn_allow_v4 \{ ([^}]+) \}/.exec(last)?.[1]?.split(', ')) }
 }
 
 t.test('a full table: what nobody uses is given up, the one learned longest ago first', async (t) => {
@@ -76,6 +76,23 @@ t.test('a full table: what nobody uses is given up, the one learned longest ago 
   t.equal(deleted.size, 4097)
   t.notOk(Array.from({ length: 5000 }, (_, i) => place(i)).some((address) => deleted.has(address)), 'none of those that a packet has renewed')
   t.ok(deleted.has(place(5000)) && deleted.has(place(5000 + 4096)) && !deleted.has(place(5000 + 4097)), 'the oldest of the others')
+})
+
+t.test('what was given up may have been put back by a packet: the next policy shuts it all the same', async (t) => {
+  const { firewall, nft, deleted } = await fill((i) => `${place(i)} timeout 1m30s expires 29s100ms`)
+  t.equal(deleted.size, 4097)
+  await firewall.open('a.example', [], [place(1)], 60, firewall.rules)
+  const bansOf = async (change: Promise<void>): Promise<Set<string>> => {
+    const before = nft.transactions.length
+    await change
+    await turn()
+    return new Set(nft.transactions.slice(before).flatMap((text) => [...text.matchAll(/add element inet opensandbox shut_v4 \{ ([^}]+) \}/g)].flatMap(([, list]) => list!.split(', '))))
+  }
+  const kept = await bansOf(firewall.replace(allow('*.example')))
+  t.same([kept.size, kept.has(place(0)), kept.has(place(1)), kept.has(place(4096)), kept.has(place(4097))], [4096, true, false, true, false], 'also one that still allows the name, but for those that were learned anew')
+  t.equal((await bansOf(firewall.replace(allow('*.example')))).size, 0, 'once')
+  const all = await bansOf(firewall.replace(allow('fine.other')))
+  t.ok(all.has(place(1)) && all.has(place(4097)) && !all.has(place(0)))
 })
 
 t.test('a full table, everything in use: the one used longest ago', async (t) => {

@@ -247,10 +247,11 @@ t.test('a lease is renewed by every packet', async (t) => {
 
 t.test('more addresses than the table holds: a flow keeps its own', async (t) => {
   await using space = await createNamespaces({ ipv6: false })
-  const told = JSON.parse(await space.run(process.execPath, 'test/system/egress-full-table.ts', '198.18.0.1', '80')) as { learned: number; most: number; echoes: string[]; unused: string }
+  const told = JSON.parse(await space.run(process.execPath, 'test/system/egress-full-table.ts', '198.18.0.1', '80')) as { learned: number; most: number; echoes: string[]; unused: string; stillOpen: string[] }
   t.ok(told.most > 32_768 && told.learned < 32_768, `the table was full and has room again: ${told.most}, ${told.learned}`)
   t.same(new Set(told.echoes), new Set(['echo']), 'the flow was answered between all the others', { echoes: told.echoes })
   t.match(told.unused, /^E/, 'an address that nobody used is shut')
+  t.same(told.stillOpen, [], 'what packets put back while it was given up is shut by the next policy')
 })
 
 t.test('it ends: nothing opens', async (t) => {
