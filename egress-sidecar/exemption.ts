@@ -3,7 +3,7 @@
  * free or a mark it could set itself are no proof. The ladder, best first:
  *   1. cgroup path, iptables   the kernel compares the socket's cgroup; a mark carries the result to our table
  *   2. cgroup path, nft        where iptables lacks the match; needs the cgroup tree mounted
- *   3. held source ports       UDP ports that stay bound as long as the exemption exists; safe only where NET_RAW is dropped
+ *   3. held source ports       UDP ports that stay bound to every address as long as the exemption exists; safe only where NET_RAW is dropped
  * Whatever the rung, the exemption leads to the upstream resolvers' addresses and ports only.
  */
 import { readFile, readlink } from 'node:fs/promises'
@@ -50,7 +50,7 @@ export type ChosenExemption = Exemption & { readonly kind: 'cgroup-iptables' | '
 
 /** Installs what the rung needs. @throws NftError when 'cgroup' was demanded and is not to be had */
 export async function chooseExemption(wish: ExemptionWish, deps: ExemptionDeps): Promise<ChosenExemption> {
-  const ports: ChosenExemption = { kind: 'ports', why: 'asked for', match: `udp sport { ${deps.ports.join(', ')} }`, protocols: ['udp'] }
+  const ports: ChosenExemption = { kind: 'ports', why: 'asked for', match: `udp sport { ${deps.ports.join(', ')} }`, others: null, protocols: ['udp'] }
   if (wish === 'ports') return ports
   if (wish === 'auto' && !deps.inContainer) return { ...ports, why: 'not in a container' }
   const refusals: string[] = []
@@ -95,13 +95,15 @@ async function byIptables(path: string, { ipv6, towards, appendIptables }: Exemp
     `-A OUTPUT -p ${protocol} --dport ${port} -m cgroup --path "${path}" -j MARK --set-mark ${mark}`,
   ])
   for (const program of ipv6 ? (['iptables', 'ip6tables'] as const) : (['iptables'] as const)) await appendIptables(program, 'raw', rules)
-  return { kind: 'cgroup-iptables', why: path, match: `meta mark ${mark}`, protocols: ['udp', 'tcp'] }
+  return { kind: 'cgroup-iptables', why: path, match: `meta mark ${mark}`, others: `meta mark != ${mark}`, protocols: ['udp', 'tcp'] }
 }
 
 async function byNft(path: string, { nft }: ExemptionDeps): Promise<ChosenExemption> {
   const parts = path.split('/').filter((part) => part !== '')
   if (parts.length === 0) throw new Error('nft needs a cgroup path below /')
-  const match = `socket cgroupv2 level ${parts.length} "${parts.join('/')}"`
+  const socket = `socket cgroupv2 level ${parts.length}`
+  const name = `"${parts.join('/')}"`
+  const match = `${socket} ${name}`
   await nft.apply([`add rule inet opensandbox exempt ${match} udp dport 53 continue`, 'flush chain inet opensandbox exempt'])
-  return { kind: 'cgroup-nft', why: path, match, protocols: ['udp', 'tcp'] }
+  return { kind: 'cgroup-nft', why: path, match, others: `${socket} != ${name}`, protocols: ['udp', 'tcp'] }
 }

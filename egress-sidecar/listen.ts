@@ -1,5 +1,5 @@
 /** The sandbox's side of DNS: UDP and TCP on the loopback addresses, where port 53 of the namespace is redirected to. */
-import { createSocket, type Socket } from 'node:dgram'
+import { createSocket, type Socket, type SocketOptions } from 'node:dgram'
 import { once } from 'node:events'
 import { createServer, type Server, type Socket as TcpSocket } from 'node:net'
 import type { Done, Transport } from './answer.ts'
@@ -22,8 +22,8 @@ export const listenLimits = {
   tcpIdleMs: 8000,
 }
 
-// node:dgram would look every reply's address up, even one that is an IP address.
-const noLookup = (address: string, _options: unknown, callback: (error: null, address: string, family: number) => void): void => callback(null, address, address.includes(':') ? 6 : 4)
+/** For sockets that send to IP addresses only: node:dgram would look each of them up. */
+export const noLookup: SocketOptions['lookup'] = (address, _options, callback) => callback(null, address, address.includes(':') ? 6 : 4)
 
 /** Listens on every address at one port (0: the first one's choice). @throws when one is taken */
 export async function listenDns(addresses: readonly string[], wantedPort: number, handler: Handler, limits = listenLimits): Promise<DnsListener> {
@@ -51,7 +51,7 @@ export async function listenDns(addresses: readonly string[], wantedPort: number
 type Limits = typeof listenLimits
 
 async function listenUdp(address: string, port: number, handler: Handler, limits: Limits): Promise<{ readonly port: number; close(): void }> {
-  const socket: Socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup as never, recvBufferSize: 1 << 20 })
+  const socket: Socket = createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup, recvBufferSize: 1 << 20 })
   let pending = 0
   let closed = false
   socket.on('message', (message, peer) => {

@@ -1,12 +1,16 @@
 /**
- * Upstream DNS over connected UDP sockets that are opened once and held: a connected socket takes datagrams from its upstream
- * only, and nobody in the namespace can bind a held port. The question's bytes go out as they came, but for a new random id and the
+ * Upstream DNS over UDP sockets that are opened once and held, their ports on every address. `connect` leaves them the one address that leads to
+ * their upstream: cheaper, and an upstream that is not there is heard of at once; but then others can have the port on other addresses, and the
+ * rules must keep them from using it (`ruleset.ts`). The question's bytes go out as they came, but for a new random id and the
  * case of its letters; an answer counts when both fit (RFC 5452, draft-vixie-dnsext-dns0x20). One that fits but for the case is a forgery or comes
  * from a server that does not keep it: TCP, where nobody can guess, tells which. Truncated answers are asked for again over TCP for clients that can
  * take them.
  */
-import { createSocket, type Socket } from 'node:dgram'
+import { createSocket, type RemoteInfo, type Socket } from 'node:dgram'
+import { once } from 'node:events'
+import { canonicalAddress } from '#policies/address.ts'
 import type { Done, Resolver, Transport } from './answer.ts'
+import { noLookup } from './listen.ts'
 import { echoOf, mixCase, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
 import type { Upstream } from './ruleset.ts'
@@ -29,6 +33,8 @@ export type UdpResolver = Resolver & {
   probe(query: Buffer): Promise<readonly Upstream[]>
   /** Local ports of the sockets; they stay bound until `close`. */
   readonly ports: readonly number[]
+  /** From now on the kernel takes datagrams from the upstreams only. Before, they are told apart here. */
+  connect(): Promise<void>
   close(): void
 }
 
@@ -102,11 +108,13 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   let pendingCount = 0
   let wholes = 0
   let sweeper: NodeJS.Timeout | null = null
+  let connected = false
   let closed = false
 
   for (const upstream of upstreams) {
     const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: true, proof: null }
     try {
+      await proveRoute(upstream)
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
       states.push(state)
     } catch (error) {
@@ -117,24 +125,19 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   if (states.length === 0) throw new Error(`no upstream can be reached: ${unroutable.join('; ')}`)
 
   async function openChannel(state: UpstreamState): Promise<Channel> {
-    const socket = createSocket({ type: state.upstream.address.includes(':') ? 'udp6' : 'udp4' })
+    const socket = openSocket(state.upstream)
     const pending = new PendingTable<Pending>()
     // The upstream's port is closed, or the way there is: do not wait for what cannot come.
     const failAll = (): void => {
       for (const [id, waiting] of pending.all()) fail(state, channel, id, waiting)
     }
     const channel: Channel = { socket, pending, sent: (error) => void (error !== null && failAll()) }
-    await new Promise<void>((resolve, reject) => {
-      socket.once('error', reject)
-      // With a callback, an error goes there and nowhere else; @types/node does not know.
-      socket.connect(state.upstream.port, state.upstream.address, ((error?: Error) => {
-        socket.off('error', reject)
-        if (error === undefined) return resolve()
-        socket.close()
-        reject(error)
-      }) as () => void)
+    const listening = once(socket, 'listening')
+    socket.bind({ port: 0, exclusive: true })
+    await listening
+    socket.on('message', (reply, from) => {
+      if (connected || isFrom(state.upstream, from)) receive(state, channel, reply)
     })
-    socket.on('message', (reply) => receive(state, channel, reply))
     socket.on('error', failAll)
     return channel
   }
@@ -193,8 +196,9 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     pending.query.writeUInt16BE(id, 0)
     mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
     // Hearing of each datagram costs a tick of its own. An upstream that cannot be reached is heard of by the socket's error, at the latest by time.
-    if (state.failures === 0) channel.socket.send(pending.query)
-    else channel.socket.send(pending.query, channel.sent)
+    const { upstream, failures } = state
+    if (connected) failures === 0 ? channel.socket.send(pending.query) : channel.socket.send(pending.query, channel.sent)
+    else channel.socket.send(pending.query, upstream.port, upstream.address, failures === 0 ? undefined : channel.sent)
     sweeper ??= setInterval(sweep, sweepMs)
   }
 
@@ -294,6 +298,10 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     unroutable,
     probe,
     ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
+    async connect() {
+      await Promise.all(states.flatMap(({ upstream, channels }) => channels.map(({ socket }) => connectSocket(socket, upstream))))
+      connected = true
+    },
     ask(query, questionEnd, transport, done) {
       if (pendingCount >= maxPending) return done(null)
       pendingCount++
@@ -311,4 +319,29 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       }
     },
   }
+}
+
+function openSocket({ address }: Upstream): Socket {
+  return createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup })
+}
+
+/** @throws when no route leads there */
+function connectSocket(socket: Socket, { address, port }: Upstream): Promise<void> {
+  return new Promise((resolve, reject) => {
+    // With a callback, an error goes there and nowhere else; @types/node does not know.
+    socket.connect(port, address, ((error?: Error) => (error === undefined ? resolve() : reject(error))) as () => void)
+  })
+}
+
+async function proveRoute(upstream: Upstream): Promise<void> {
+  const socket = openSocket(upstream)
+  try {
+    await connectSocket(socket, upstream)
+  } finally {
+    socket.close()
+  }
+}
+
+function isFrom({ address, port }: Upstream, from: RemoteInfo): boolean {
+  return from.port === port && canonicalAddress(from.address) === address
 }

@@ -5,6 +5,7 @@
  *   nat     (output, -110, before Docker's own)   port 53 of the namespace goes to our listener
  *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
  *   inside                                        what stays in the namespace
+ *   sockets                                       nobody speaks to the sidecar's sockets from inside, or in their name
  *   exempt                                        the sidecar's own way to its resolvers
  *   denied                                        says no at once instead of letting the client wait
  *   forward (forward, 0, drop)                    nobody routes through the namespace
@@ -20,8 +21,8 @@ import type { Rules } from '#policies/compile.ts'
 
 export type Upstream = { readonly address: string; readonly port: number }
 
-/** How the kernel tells the sidecar's packets from everybody else's; the text of an nft match. */
-export type Exemption = { readonly match: string; readonly protocols: readonly ('udp' | 'tcp')[] }
+/** How the kernel tells the sidecar's packets from everybody else's: the text of an nft match, and of its contrary; null where there is none. */
+export type Exemption = { readonly match: string; readonly others: string | null; readonly protocols: readonly ('udp' | 'tcp')[] }
 
 export type RulesetInput = {
   readonly rules: Rules
@@ -30,6 +31,8 @@ export type RulesetInput = {
   readonly ipv6: boolean
   readonly exemption: Exemption
   readonly upstreams: readonly Upstream[]
+  /** Source ports of the sockets that ask them. */
+  readonly held: readonly number[]
   /** Resolvers the sandbox may ask directly on port 53. */
   readonly openResolvers: readonly string[]
   readonly doh: DohBlock
@@ -76,7 +79,7 @@ const table = 'inet opensandbox'
 export const learnedSets = [`set ${table} dyn_allow_v4`, `set ${table} dyn_allow_v6`] as const
 /** Packets that were told no since the start, whatever policies came and went. */
 export const deniedCounter = `counter ${table} denied`
-const chains = ['nat', 'egress', 'exempt', 'denied'] as const
+const chains = ['nat', 'egress', 'sockets', 'exempt', 'denied'] as const
 const dockerResolver = '127.0.0.11'
 
 const families = [
@@ -94,6 +97,7 @@ export function bootStatements(apiPort: number): string[] {
     `add table ${table}`, `delete table ${table}`, `add table ${table}`,
     `add ${deniedCounter}`,
     `add chain ${table} exempt`,
+    `add chain ${table} sockets`,
     `add chain ${table} denied`,
     `add chain ${table} inside`,
     // The queue of connections that wait to be taken is one for all: whoever floods it from inside keeps the policy's owner out.
@@ -127,9 +131,10 @@ export function policyStatements(input: RulesetInput, shut: readonly string[] = 
     ...chains.map((chain) => `flush chain ${table} ${chain}`),
     ...families.flatMap((f) => [...['allow', 'deny'].flatMap((action) => resetSets(action, f, lists[`${action as 'allow' | 'deny'}${f.n}`])), ...resetDoh(f, input.doh.addresses)]),
     ...natRules(input).map((rule) => `add rule ${table} nat ${rule}`),
+    ...socketRules(input).map((rule) => `add rule ${table} sockets ${rule}`),
     ...exemptRules(input).map((rule) => `add rule ${table} exempt ${rule}`),
     ...deniedRules.map((rule) => `add rule ${table} denied ${rule}`),
-    ...(input.filter ? filterRules(input, shut) : nameOnlyRules(input)).map((rule) => `add rule ${table} egress ${rule}`),
+    ...(input.filter ? filterRules(input, shut) : nameOnlyRules()).map((rule) => `add rule ${table} egress ${rule}`),
     `add chain ${table} egress { policy ${input.filter && rules.defaultAction === 'deny' ? 'drop' : 'accept'}; }`,
   ]
 }
@@ -245,10 +250,27 @@ function outermost(networks: readonly string[]): string[] {
   })
 }
 
-function natRules({ exemption, upstreams, openResolvers, ipv6 }: RulesetInput): string[] {
-  const own = upstreams.filter((u) => u.port === 53).flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+/**
+ * A datagram may carry any address of the namespace as its source whatever its socket is bound to (IP_PKTINFO), and a connected socket leaves its
+ * port free on all addresses but one. So somebody else could ask from our port and address: past the redirect, where our own question has made
+ * a connection that the kernel knows; or before us, so that the kernel redirects our questions to ourselves and gives forged answers the
+ * resolver's address. Dropped, not refused: the ICMP error would reach our socket.
+ */
+function socketRules({ held, exemption }: RulesetInput): string[] {
+  if (held.length === 0) return []
+  return [`oif "lo" udp dport ${portSet(held)} drop`, ...(exemption.others === null ? [] : [`udp sport ${portSet(held)} ${exemption.others} drop`])]
+}
+
+const toSockets = 'meta l4proto udp jump sockets'
+
+function portSet(ports: readonly number[]): string {
+  return `{ ${ports.join(', ')} }`
+}
+
+function natRules({ exemption, upstreams, held, openResolvers, ipv6 }: RulesetInput): string[] {
+  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
   const open = openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)
-  return [...own, ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
+  return [...own, ...(held.length === 0 ? [] : [`udp sport ${portSet(held)} drop`]), ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
 }
 
 function exemptRules({ exemption, upstreams, openResolvers, control }: RulesetInput): string[] {
@@ -269,9 +291,12 @@ const deniedRules = ['counter name "denied"', 'meta l4proto tcp reject with tcp 
 // Docker's resolver also listens on a random port of 127.0.0.11, which no redirect of port 53 sees.
 const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 
+/** Whoever asks is redirected: only what is exempt still goes to this port. */
+const notRedirected = 'th dport 53 meta l4proto { tcp, udp } goto denied'
+
 /** Mode `dns`: names are filtered, addresses are not. */
-function nameOnlyRules({ ipv6 }: RulesetInput): string[] {
-  return [notDockerResolver, `${foreignSource} goto denied`, stays, ...(ipv6 ? [] : ['meta nfproto ipv6 meta l4proto { tcp, udp } th dport 53 goto denied'])]
+function nameOnlyRules(): string[] {
+  return [notDockerResolver, `${foreignSource} goto denied`, toSockets, stays, 'jump exempt', notRedirected]
 }
 
 function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, shut: readonly string[]): string[] {
@@ -284,6 +309,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
     repliesToOutside,
     notDockerResolver,
     `${foreignSource} goto denied`,
+    toSockets,
     stays,
     // A connection that the sandbox began and that has this policy's mark went all the way down, and with the same addresses and ports it would
     // again. Not one that somebody else began: the mark may come from an error message about it, which has no ports.
@@ -296,7 +322,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
     // Without neighbour discovery (hop limit 255 keeps it on the link, RFC 4861 7.1.1) no IPv6 address is reachable at all.
     list.push('ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept')
   }
-  list.push('jump exempt', ...upstreamsClosed)
+  list.push('jump exempt', notRedirected, ...upstreamsClosed)
   if (!ipv6) list.push('meta nfproto ipv6 goto denied')
   list.push('ct state invalid goto denied')
   // DNS over TLS and QUIC (RFC 7858, RFC 9250).

@@ -110,6 +110,8 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt }, now))
     const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
     tcpIsExempt = exemption.protocols.includes('tcp')
+    // Where source ports are all there is, nobody else may have them on any address.
+    if (exemption.kind !== 'ports') await asking.connect()
     for (const problem of asking.unroutable) log.event('warn', 'egress.upstream_unroutable', `upstream not used: ${problem}`)
     // 4. the policy
     const files = createAlwaysFiles()
@@ -119,7 +121,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     if (found.warning !== null) log.event('warn', 'egress.policy_file', `policy file not used: ${found.warning}`)
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
-    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
+    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, held: asking.ports, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...(config.blockDoh ? config.dohAddresses : [])])
     const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now, firstGeneration: randomInt(1, 0x7fffffff), lost: (reason) => {
       // So that closing shuts everything.

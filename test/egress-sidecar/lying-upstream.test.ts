@@ -172,6 +172,7 @@ type Asker = Awaited<ReturnType<typeof createResolver>>
 async function open(t: Test, upstreams: readonly Upstream[], timeoutMs: number): Promise<Asker> {
   const resolver = await createResolver({ upstreams: [...upstreams], timeoutMs, tcp: () => true }, () => performance.now())
   t.teardown(() => resolver.close())
+  await resolver.connect()
   return resolver
 }
 

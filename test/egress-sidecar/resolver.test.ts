@@ -32,6 +32,7 @@ async function upstream(t: Test, reply: Reply, whole?: (asked: Buffer) => Buffer
 async function resolverOf(t: Test, upstreams: Upstream[], timeoutMs = 3000, tcp = true): Promise<UdpResolver> {
   const resolver = await createResolver({ upstreams, timeoutMs, tcp: () => tcp }, () => performance.now())
   t.teardown(() => resolver.close())
+  await resolver.connect()
   return resolver
 }
 
@@ -308,6 +309,33 @@ t.test('nobody answers a probe: all are asked', async (t) => {
   alive = true
   await resolver.probe(query())
   t.ok(await askOnce(resolver, query(), end, 'udp'))
+})
+
+t.test('until it connects, its ports are nobody else\'s on any address, and only the upstream is heard', async (t) => {
+  const stranger = createSocket('udp4')
+  t.teardown(() => stranger.close())
+  stranger.bind(0, '127.0.0.1')
+  await once(stranger, 'listening')
+  let strangers = 0
+  // The same answer first from somewhere else: a right id and case are no excuse.
+  const peer = await upstream(t, (asked, send, { port }) => stranger.send(answer(asked, '198.51.100.66'), port, '127.0.0.1', () => {
+    strangers++
+    setTimeout(() => send(answer(asked)), 20)
+  }))
+  const resolver = await createResolver({ upstreams: [peer], timeoutMs: 3000, tcp: () => true }, () => performance.now())
+  t.teardown(() => resolver.close())
+  const taken = async (): Promise<unknown[]> => Promise.all(resolver.ports.map(async (port) => {
+    const socket = createSocket('udp4')
+    const result = once(socket, 'listening').then(() => 'free', (error: NodeJS.ErrnoException) => error.code)
+    socket.bind({ port, address: '127.0.0.2', exclusive: true })
+    return result.finally(() => socket.close())
+  }))
+  t.same(new Set(await taken()), new Set(['EADDRINUSE']))
+  for (let i = 0; i < 5; i++) t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)), 'the upstream is believed, nobody else')
+  t.equal(strangers, 5)
+  await resolver.connect()
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)), 'nor afterwards')
+  t.ok((await taken()).includes('free'), 'what the rules are there for')
 })
 
 t.test('an upstream that no route leads to is left out; without any other there is no start', async (t) => {
