@@ -39,15 +39,16 @@ const dnsOnlyWarning = 'mode dns filters names only: connections to addresses ar
 export async function listenAdmin({ host, port }: { host: string; port: number }, deps: AdminDeps, limits = adminLimits): Promise<Admin> {
   const routes = routeTable(deps)
   const { connections, fromInside, ...times } = limits
+  const insiders = new WeakSet<Socket>()
   const server: Server = createServer({ ...times, maxHeaderSize: 16_384 }, (request, response) => {
-    void respond(request, routes, deps).then(({ status, body, headers = {} }) => {
+    void respond(request, routes, deps, insiders).then(({ status, body, headers = {} }) => {
       if (response.destroyed) return
       response.writeHead(status, { 'content-length': Buffer.byteLength(body), ...headers })
       response.end(request.method === 'HEAD' ? '' : body)
     })
   })
   server.maxConnections = connections
-  keepSeats(server, fromInside)
+  keepSeats(server, fromInside, insiders)
   server.listen(host === '' ? { port } : { port, host })
   await once(server, 'listening')
   return {
@@ -60,12 +61,13 @@ export async function listenAdmin({ host, port }: { host: string; port: number }
 }
 
 /** The sandbox may not take all the places: whoever tightens its policy comes from outside of its namespace. */
-function keepSeats(server: Server, fromInside: number): void {
+function keepSeats(server: Server, fromInside: number, insiders: WeakSet<Socket>): void {
   let inside = 0
   server.on('connection', (socket: Socket) => {
     if (!isFromInside(socket.remoteAddress)) return
     if (inside >= fromInside) return void socket.destroy()
     inside++
+    insiders.add(socket)
     socket.on('close', () => inside--)
   })
 }
@@ -118,7 +120,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
   ])
 }
 
-async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Route>, deps: AdminDeps): Promise<Response> {
+async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Route>, deps: AdminDeps, insiders: WeakSet<Socket>): Promise<Response> {
   const path = (request.url ?? '').split('?', 1)[0] as string
   const route = routes.get(path)
   if (route === undefined) return fail(404, '404 page not found')
@@ -127,7 +129,7 @@ async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Rou
     if (request.headers.origin !== undefined || !['none', 'same-origin', undefined].includes(request.headers['sec-fetch-site'] as string | undefined)) return fail(403, 'forbidden')
     const given = request.headers[headerNames.egressAuth]
     if (deps.token !== '' && !(typeof given === 'string' && equalSecret(given, deps.token))) {
-      deps.unauthorized(isFromInside(request.socket.remoteAddress) ? 'inside' : 'outside')
+      deps.unauthorized(insiders.has(request.socket) ? 'inside' : 'outside')
       return fail(401, 'unauthorized')
     }
   }

@@ -14,7 +14,7 @@ import type { DenyReason, Verdict } from '#policies/verdict.ts'
 import { composeReply } from './compose.ts'
 import type { Firewall, Opened } from './firewall.ts'
 import { deniedAlias, type AddressJudge } from './judge.ts'
-import { added, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
+import { added, emptyReply, headerReply, isTruncated, rcodes, readAnswer, readQuestion, truncatedReply, type AddressRecord, type Answer, type Question } from './packet.ts'
 import { leaseSeconds } from './ruleset.ts'
 
 export type Transport = 'udp' | 'tcp'
@@ -121,10 +121,11 @@ class Course {
   /** 3. judge each address, 4. open the firewall */
   judgeAddresses(message: Buffer): void {
     const { deps, rules, question } = this
+    // Whatever is in it may be cut anywhere, and is not to be used. RFC 2181 9
+    if (isTruncated(message)) return this.settle(truncatedReply(this.query, question.end), 'answered')
     const found = readAnswer(message, question)
     if (found === null || contradicts(found)) return this.refuse(rcodes.servFail, 'bad-answer')
     if (found.rcode !== rcodes.noError && found.rcode !== rcodes.nxDomain) return this.refuse(rcodes.servFail, 'upstream-failed')
-    if (found.truncated) return this.settle(truncatedReply(this.query, question.end), 'answered')
     if (rules !== deps.firewall.rules) return this.judgeName()
     const denied = deniedAlias(rules, found.aliases)
     if (denied !== null) {

@@ -1,5 +1,5 @@
 /** What the sandbox gets of an upstream's answer: the same bytes where nothing had to be taken away, else a reply of our own. */
-import { capTtls, listReply, recordTypes, type AddressRecord, type Answer, type Question, type ReplyRecord, type ServiceRecord } from './packet.ts'
+import { capTtls, listReply, rcodes, recordTypes, type AddressRecord, type Answer, type Question, type ReplyRecord, type ServiceRecord } from './packet.ts'
 import { lease } from './ruleset.ts'
 
 export type ComposeInput = {
@@ -17,7 +17,8 @@ export type ComposeInput = {
 
 /**
  * No TTL outlives the lease of the addresses. Refused addresses are left out; when something was, the reply is written anew with
- * the question's own name as owner, because names in the original may point into the part that is gone. Null when that is longer than a message can be.
+ * the question's own name as owner, because names in the original may point into the part that is gone. Null when that is longer than a message
+ * can be, or would deny what there is.
  */
 export function composeReply({ query, question, message, found, allowed, seconds, strict }: ComposeInput): Buffer | null {
   const services = strict && found.services.length > 0 ? found.services.map((record) => cleanService(message, record)) : none
@@ -31,9 +32,14 @@ export function composeReply({ query, question, message, found, allowed, seconds
   const records: ReplyRecord[] = allowed.map(({ type, rdata }) => ({ type, ttl, data: message.subarray(rdata, rdata + (type === recordTypes.a ? 4 : 16)) }))
   const kept = strict ? services : found.services.map(({ rdata, length }) => message.subarray(rdata, rdata + length))
   for (const [i, data] of kept.entries()) if (data !== null) records.push({ type: found.services[i]?.type as number, ttl, data })
+  // A mail exchanger beside an HTTPS record that may not be told is still there: no answer is better than "there is none".
+  if (records.length === 0 && found.rcode === rcodes.noError && !rewritable.has(question.type)) return null
   const reply = listReply(query, question.end, found.rcode, records)
   return reply.length > maxMessage ? null : reply
 }
+
+/** Types of questions whose answers consist of what is judged here; 255 may be answered with a part of what there is (RFC 8482). */
+const rewritable: ReadonlySet<number> = new Set([recordTypes.a, recordTypes.cname, recordTypes.aaaa, recordTypes.svcb, recordTypes.https, recordTypes.any])
 
 /** Bytes: its length has two before it over TCP. RFC 1035 4.2.2 */
 const maxMessage = 65_535

@@ -5,9 +5,9 @@
 import type { Verdict } from '#policies/verdict.ts'
 
 export const rcodes = { noError: 0, formErr: 1, servFail: 2, nxDomain: 3, notImp: 4, refused: 5 } as const
-export const recordTypes = { a: 1, ns: 2, cname: 5, aaaa: 28, svcb: 64, https: 65 } as const
+export const recordTypes = { a: 1, ns: 2, cname: 5, aaaa: 28, svcb: 64, https: 65, any: 255 } as const
 
-const headerLength = 12
+export const headerLength = 12
 const classIn = 1
 /** No client's question is longer (name 255, fixed parts, EDNS with a cookie and padding); the original reads no more either. */
 const maxQuestionMessage = 512
@@ -42,7 +42,7 @@ export function readQuestion(message: Buffer): Question | number | null {
   return rememberedQuestion(message, nameEnd)
 }
 
-function uint16(message: Buffer, at: number): number {
+export function uint16(message: Buffer, at: number): number {
   return ((message[at] as number) << 8) | (message[at + 1] as number)
 }
 
@@ -88,7 +88,7 @@ function endOfPlainName(message: Buffer, start: number): number {
 
 const nameBytes = Buffer.alloc(maxNameLength)
 /** Lower-cased byte of a harmless label, 0 for every other. */
-const labelByte = new Uint8Array(256)
+export const labelByte = new Uint8Array(256)
 for (const char of 'abcdefghijklmnopqrstuvwxyz0123456789-_') labelByte[char.charCodeAt(0)] = char.charCodeAt(0)
 for (let code = 65; code <= 90; code++) labelByte[code] = code + 32
 
@@ -113,7 +113,6 @@ export type AddressRecord = { readonly address: string; readonly type: number; r
 
 export type Answer = {
   readonly rcode: number
-  readonly truncated: boolean
   /** Addresses the question's name leads to, in order. */
   readonly addresses: readonly AddressRecord[]
   /** Names of the CNAME chain behind the question's name; null for one with unusual bytes. */
@@ -124,7 +123,7 @@ export type Answer = {
   readonly ttlOffsets: readonly number[]
   /** HTTPS and SVCB records of the chain. */
   readonly services: readonly ServiceRecord[]
-  /** Records that lead elsewhere without belonging to the question: addresses of others, HTTPS and SVCB records behind the answer section. */
+  /** Records that lead elsewhere without belonging to the question: addresses of others or of other classes, HTTPS and SVCB records behind the answer section. */
   readonly strays: boolean
 }
 
@@ -145,6 +144,7 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
   let records: FoundRecord[] | null = null
   let ttlOffsets: number[] | null = null
   let aliasOf: Map<string, Alias> | null = null
+  let foreign = false
   const names: KnownNames = { at: null }
   // A question that was allowed has a name without unusual bytes, the same in both forms.
   const asked = question.name ?? (readName(message, headerLength, names) as string)
@@ -161,6 +161,8 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     const rdata = at + 10
     if (rdata + length > message.length) return null
     const ttl = rawTtl > 0x7fffffff ? 0 : rawTtl
+    // Not every stub looks at the class.
+    if (!isIn && leadsElsewhere.has(type)) foreign = true
     if (isIn && type === recordTypes.cname) {
       const target = readName(message, rdata, names)
       // With more data than the name, two readers would go on at two places.
@@ -178,8 +180,10 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     }
     at = rdata + length
   }
-  return followChain(message, { flags, asked, aliasOf, records: records ?? none, ttlOffsets: ttlOffsets ?? none, strays: holdsServices(message, at) })
+  return followChain(message, { flags, asked, aliasOf, records: records ?? none, ttlOffsets: ttlOffsets ?? none, strays: foreign || holdsServices(message, at) })
 }
+
+const leadsElsewhere: ReadonlySet<number> = new Set([recordTypes.a, recordTypes.cname, recordTypes.aaaa, recordTypes.svcb, recordTypes.https])
 
 /** Whether an HTTPS or SVCB record (RFC 9460 4.1 lets them come along) is behind the answer section, or something that cannot be read. */
 function holdsServices(message: Buffer, start: number): boolean {
@@ -229,11 +233,12 @@ function followChain(message: Buffer, { flags, asked, aliasOf, records, ttlOffse
       else services = added(services, { type: record.type, rdata: record.rdata, length: record.length })
     }
   }
-  return { rcode: flags & 0xf, truncated: (flags & 0x0200) !== 0, addresses: addresses ?? none, aliases, ttl, ttlOffsets, services: services ?? none, strays }
+  return { rcode: flags & 0xf, addresses: addresses ?? none, aliases, ttl, ttlOffsets, services: services ?? none, strays }
 }
 
+/** A slash, too: reverse zones smaller than a network lead through such names (RFC 2317), and nobody takes it for the border of a label. */
 function harmlessName(name: string): string | null {
-  for (let i = 0; i < name.length; i++) if (name[i] !== '.' && labelByte[name.charCodeAt(i)] === 0) return null
+  for (let i = 0; i < name.length; i++) if (name[i] !== '.' && name[i] !== '/' && labelByte[name.charCodeAt(i)] === 0) return null
   return name
 }
 
@@ -314,6 +319,11 @@ export function headerReply(query: Buffer, rcode: number): Buffer {
   return emptyReply(query, headerLength, rcode)
 }
 
+/** "Ask again over TCP." */
+export function isTruncated(message: Buffer): boolean {
+  return (uint16(message, 2) & 0x0200) !== 0
+}
+
 /** The same reply with the truncation bit: "ask again over TCP". */
 export function truncatedReply(query: Buffer, questionEnd: number): Buffer {
   const reply = emptyReply(query, questionEnd, rcodes.noError)
@@ -345,32 +355,4 @@ export function listReply(query: Buffer, questionEnd: number, rcode: number, rec
 /** Lowers every listed TTL to `seconds` at most, in place. */
 export function capTtls(message: Buffer, offsets: readonly number[], seconds: number): void {
   for (const offset of offsets) if (message.readUInt32BE(offset) > seconds) message.writeUInt32BE(seconds, offset)
-}
-
-/**
- * Inverts the case of the question's letters that have a bit in `mask`, lowest first; the same call again restores it. Names mean the same in any
- * case, and servers give the question back as they got it: whoever did not see it does not know how. draft-vixie-dnsext-dns0x20
- */
-export function mixCase(message: Buffer, questionEnd: number, mask: number): void {
-  // Lengths of labels are below any letter, so the bytes need not be told apart. Type and class, the last four, must not change.
-  for (let at = headerLength; at < questionEnd - 4 && mask !== 0; at++) {
-    const byte = (message[at] as number) | 0x20
-    if (byte < 0x61 || byte > 0x7a) continue
-    if ((mask & 1) !== 0) message[at] = (message[at] as number) ^ 0x20
-    mask >>>= 1
-  }
-}
-
-/** How `reply` gives the question back (RFC 5452 9.1): byte for byte, in another case, or not at all. */
-export function echoOf(reply: Buffer, query: Buffer, questionEnd: number): 'exact' | 'folded' | 'none' {
-  if (reply.length < questionEnd || uint16(reply, 4) !== 1 || (uint16(reply, 2) & 0xf800) !== 0x8000) return 'none'
-  let echo: 'exact' | 'folded' = 'exact'
-  for (let at = headerLength; at < questionEnd; at++) {
-    const asked = query[at] as number
-    const echoed = reply[at] as number
-    if (asked === echoed) continue
-    if (labelByte[asked] === 0 || labelByte[asked] !== labelByte[echoed]) return 'none'
-    echo = 'folded'
-  }
-  return echo
 }

@@ -1,5 +1,5 @@
 /** The policy document on disk: read once at start, replaced as a whole at every change. */
-import { open, readFile, rename, rm, stat } from 'node:fs/promises'
+import { open, readFile, realpath, rename, rm, stat } from 'node:fs/promises'
 import { formatProblems } from '#policies/problem.ts'
 import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
 
@@ -31,9 +31,11 @@ export type PreparedFile = { commit(): Promise<void>; abandon(): Promise<void> }
  * Writes beside the file, so that `commit` only renames: a crash leaves the old content or the new one. A file that is a mount of its own cannot be
  * replaced, only written anew; its folder may be read-only. Without a path it does nothing.
  */
-export async function preparePolicyFile(path: string, policy: NetworkPolicy): Promise<PreparedFile> {
-  if (path === '') return { commit: async () => undefined, abandon: async () => undefined }
+export async function preparePolicyFile(wanted: string, policy: NetworkPolicy): Promise<PreparedFile> {
+  if (wanted === '') return { commit: async () => undefined, abandon: async () => undefined }
   const text = `${JSON.stringify({ egress: policy.egress, defaultAction: policy.defaultAction }, null, 2)}\n`
+  // A link stays one.
+  const path = await realpath(wanted).catch(() => wanted)
   const mode = await stat(path).then((found) => found.mode & 0o777, () => 0o600)
   const inPlace = (): Promise<void> => rewrite(path, text)
   const temporary = `${path}.new`

@@ -1,6 +1,6 @@
 /** One question over a TCP connection of its own (RFC 7766): for answers that do not fit a datagram. */
 import { connect } from 'node:net'
-import { echoOf } from './packet.ts'
+import { echoOf } from './echo.ts'
 import type { Upstream } from './ruleset.ts'
 
 /** The reply; `refused` when the upstream has no TCP; null when nothing that fits came within `timeoutMs`. */

@@ -11,7 +11,8 @@ import { once } from 'node:events'
 import { canonicalAddress } from '#policies/address.ts'
 import type { Done, Resolver, Transport } from './answer.ts'
 import { noLookup } from './listen.ts'
-import { echoOf, mixCase, rcodes } from './packet.ts'
+import { echoOf, mixCase, mixOwners, refusesUnread } from './echo.ts'
+import { isTruncated, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
 import type { Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
@@ -148,10 +149,11 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const pending = channel.pending.get(id)
     if (pending === null) return
     const echo = echoOf(reply, pending.query, pending.questionEnd)
-    if (echo === 'none') return
+    if (echo === 'none' && !refusesUnread(reply)) return
     channel.pending.delete(id)
+    if (echo === 'none') return next(pending)
     if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, pending, reply)
-    if (echo === 'exact') mixCase(reply, pending.questionEnd, pending.mask)
+    if (echo === 'exact') restoreCase(reply, pending)
     state.failures = 0
     take(pending, reply)
   }
@@ -175,9 +177,15 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const echo = reply === 'refused' ? 'none' : echoOf(reply, query, questionEnd)
     if (echo !== 'exact') state.keepsCase = false
     if (reply === 'refused') return take(pending, folded)
-    if (echo === 'exact') mixCase(reply, questionEnd, pending.mask)
+    if (echo === 'exact') restoreCase(reply, pending)
     if (pending.transport === 'udp' && reply.length > anyClientTakes) reply[2] = (reply[2] as number) | 2
     take(pending, reply)
+  }
+
+  /** As the asker wrote it, also where it stands once more in front of the records: programs show that name to people. */
+  function restoreCase(reply: Buffer, { query, questionEnd, mask }: Pending): void {
+    mixOwners(reply, query, questionEnd, mask)
+    mixCase(reply, questionEnd, mask)
   }
 
   function take(pending: Pending, reply: Buffer): void {
@@ -234,8 +242,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   function settle(pending: Pending, reply: Buffer | null): void {
     mixAgain(pending, 0)
-    const truncated = reply !== null && ((reply[2] as number) & 2) !== 0
-    if (truncated && pending.transport === 'tcp' && tcp()) void askWhole(pending).then((whole) => finish(pending, whole))
+    if (reply !== null && isTruncated(reply) && pending.transport === 'tcp' && tcp()) void askWhole(pending).then((whole) => finish(pending, whole))
     else finish(pending, reply)
   }
 

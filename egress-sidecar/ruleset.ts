@@ -46,8 +46,9 @@ export type RulesetInput = {
 export type DohBlock = { readonly everywhere: boolean; readonly addresses: readonly string[] }
 
 export const dnsPort = 15353
-/** New connections to the policy API from inside. */
+/** New connections to the policy API from inside, and what they may say: requests in a row on one connection cost as much as connections. */
 const knocks = { perSecond: 100, burst: 64 } as const
+const talk = { kilobytesPerSecond: 512, burst: 1500 } as const
 /** Seconds. Leases of learned addresses are TTL + 60 within these bounds; a packet to the address renews to the longest. */
 export const lease = { least: 60, most: 360, grace: 60 } as const
 
@@ -101,7 +102,7 @@ export function bootStatements(apiPort: number): string[] {
     `add chain ${table} denied`,
     `add chain ${table} inside`,
     // The queue of connections that wait to be taken is one for all: whoever floods it from inside keeps the policy's owner out.
-    ...(apiPort === 0 ? [] : [`add rule ${table} inside tcp dport ${apiPort} tcp flags & (fin | syn | rst | ack) == syn limit rate over ${knocks.perSecond}/second burst ${knocks.burst} packets drop`]),
+    ...(apiPort === 0 ? [] : [`add rule ${table} inside tcp dport ${apiPort} tcp flags & (fin | syn | rst | ack) == syn limit rate over ${knocks.perSecond}/second burst ${knocks.burst} packets drop`, `add rule ${table} inside tcp dport ${apiPort} limit rate over ${talk.kilobytesPerSecond} kbytes/second burst ${talk.burst} kbytes drop`]),
     `add rule ${table} inside accept`,
     `add chain ${table} nat { type nat hook output priority -110; policy accept; }`,
     `add chain ${table} egress { type filter hook output priority 0; policy drop; }`,

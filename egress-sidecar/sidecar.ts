@@ -101,7 +101,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       },
       unauthorized: (from) => log.limited('egress.unauthorized', `policy API: a request from ${from} without the right token`),
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
-      inspect: async () => (firewall === null ? null : await rulesPresent({ nft: kernel, filter, rules: firewall.rules }).catch((error: Error) => error.message)) ?? '',
+      inspect: async () => (firewall === null ? null : await missingRules(kernel, firewall).catch((error: Error) => error.message)) ?? '',
       metrics: async () => metrics.text({ refused: await kernel.list(deniedCounter).then(readDenied, () => null), learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
     })
     // 3. our own way to the resolvers
@@ -163,10 +163,19 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     } catch (error) {
       log.limited('egress.heartbeat', (error as Error).message)
       if (!refused(error) || firewall === null) return
-      const problem = await rulesPresent({ nft: kernel, filter, rules: firewall.rules }).catch((reason: Error) => (refused(reason) ? reason.message : null))
+      const problem = await missingRules(kernel, firewall).catch((reason: Error) => (refused(reason) ? reason.message : null))
       if (problem === null || unready !== '') return
       unready = 'the rules are lost'
       lost(`the rules are not in the kernel any more: ${problem}`)
+    }
+  }
+
+  /** What the kernel lacks of the policy; a change in between is no lack. */
+  async function missingRules(kernel: Nft, guard: Firewall): Promise<string | null> {
+    for (let tries = 0; ; tries++) {
+      const { rules } = guard
+      const problem = await rulesPresent({ nft: kernel, filter, rules })
+      if (problem === null || rules === guard.rules || tries === 5) return problem
     }
   }
 

@@ -68,9 +68,11 @@ export function compilePolicy(policy: NetworkPolicy, layers: Layers = {}): Rules
     sets.deny.set(formatNetwork(network), network)
   }
 
+  let suffixLabels = 0
+  for (const key of suffix.keys()) suffixLabels = Math.max(suffixLabels, key.split('.').length)
   const pick = (action: Action, family: 4 | 6): string[] => [...sets[action]].filter(([, network]) => network.family === family).map(([text]) => text)
   return {
-    defaultAction: policy.defaultAction, written: policy.egress, nameRules, exact, suffix, suffixLabels: Math.max(0, ...[...suffix.keys()].map((key) => key.split('.').length)),
+    defaultAction: policy.defaultAction, written: policy.egress, nameRules, exact, suffix, suffixLabels,
     allowTable: tables.allow, denyTable: tables.deny, floorTable,
     allow4: pick('allow', 4), allow6: pick('allow', 6), deny4: pick('deny', 4), deny6: pick('deny', 6),
   }

@@ -189,13 +189,42 @@ t.test('a policy that changes while upstream is asked', async (t) => {
   t.equal(late.result, 'answered')
 })
 
-t.test('a truncated answer tells no address', async (t) => {
+t.test('a truncated answer tells no address, wherever it was cut', async (t) => {
   const reply = addressReply('198.51.100.1')
   reply[2] = 0x83
-  const { got, opened } = await play({ reply })
-  t.same(opened, [])
-  t.equal(answerCount(got), 0)
-  t.equal((got[2] as number) & 2, 2)
+  for (const cut of [0, 1, 4, 10, 15]) {
+    const { got, opened, result } = await play({ reply: reply.subarray(0, reply.length - cut) })
+    t.same(opened, [])
+    t.equal(answerCount(got), 0)
+    t.equal((got[2] as number) & 2, 2, `${cut} bytes missing`)
+    t.equal(result, 'answered')
+  }
+})
+
+t.test('reverse zones smaller than a network (RFC 2317)', async (t) => {
+  const name = '4.113.0.203.in-addr.arpa'
+  const alias = ['4', '0/25', '113', '0', '203', 'in-addr', 'arpa']
+  const reply = message({ flags: replyFlags, name, type: 12, answers: [{ name: toQuestion, type: types.CNAME, data: Buffer.concat(alias.map((label) => Buffer.concat([Buffer.of(label.length), Buffer.from(label)])).concat(Buffer.of(0))) }, { name: alias, type: 12, data: Buffer.from('\u0004host\u0007example\0', 'latin1') }] })
+  const { got, result } = await play({ rules: rulesOf(['allow', '*.in-addr.arpa']), query: { name, type: 12 }, reply })
+  t.equal(result, 'answered')
+  t.same(got.subarray(2), reply.subarray(2))
+})
+
+t.test('what cannot be told whole is not told to be missing', async (t) => {
+  const https = record({ name: toQuestion, type: types.HTTPS, data: Buffer.from([0, 1, 0]) })
+  const mail = { name: toQuestion, type: types.MX, data: Buffer.from('\0\n\u0004mail\u0007example\0', 'latin1') }
+  const rows: [why: string, type: number, text: MessageText, want: number, records: number][] = [
+    ['a mail exchanger', types.MX, { answers: [mail] }, 0, 1],
+    ['beside an HTTPS record', types.MX, { answers: [mail], additional: [https] }, 2, 0],
+    ["beside somebody else's address", types.TXT, { answers: [{ name: toQuestion, type: types.TXT, data: Buffer.from('\u0001x') }, { name: 'other.example', type: types.A, data: '198.51.100.9' }] }, 2, 0],
+    ['all there is, one of it private', 255, { answers: [{ name: toQuestion, type: types.A, data: '10.0.0.1' }, { name: toQuestion, type: types.A, data: '198.51.100.1' }, mail] }, 0, 1],
+    ['no addresses but private ones', types.A, { answers: [{ name: toQuestion, type: types.A, data: '10.0.0.1' }] }, 0, 0],
+    ['a name that does not exist', types.MX, { flags: replyFlags | 3, additional: [https] }, 3, 0],
+  ]
+  for (const [why, type, text, want, records] of rows) {
+    const { got } = await play({ query: { type }, reply: replyTo({ type, ...text }) })
+    t.same([rcodeOf(got), answerCount(got)], [want, records], why)
+  }
 })
 
 t.test('a reply that would be longer than a message can be is none', async (t) => {

@@ -1,6 +1,7 @@
 /** The DNS reader: what it takes, what it refuses, and that neither costs much. */
 import t from 'tap'
-import { capTtls, echoOf, emptyReply, headerReply, mixCase, rcodes, readAnswer, readQuestion, truncatedReply, type Question } from '../../egress-sidecar/packet.ts'
+import { echoOf, mixCase } from '../../egress-sidecar/echo.ts'
+import { capTtls, emptyReply, headerReply, rcodes, readAnswer, readQuestion, truncatedReply, type Question } from '../../egress-sidecar/packet.ts'
 import { message, opt, replyFlags, toQuestion, types, wireName, type MessageText, type NameText } from './message.ts'
 
 function questionOf(query: Buffer): Question {
@@ -97,7 +98,9 @@ t.test('addresses at the end of the chain count, others do not', async (t) => {
     },
     { why: 'aliases in the wrong order', want: ['198.51.100.3'], text: { answers: [{ name: 'b.example', type: types.A, data: '198.51.100.3' }, { name: toQuestion, type: types.CNAME, data: 'b.example' }] } },
     { why: 'somebody else\'s address', strays: true, want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: 'other.example', type: types.A, data: '198.51.100.9' }] } },
-    { why: 'another class', want: [], text: { answers: [{ name: toQuestion, type: types.A, class: 3, data: '198.51.100.1' }] } },
+    ...[types.A, types.AAAA, types.CNAME, types.HTTPS, types.SVCB].map((type) => ({ why: `type ${type} of another class beside it`, strays: true, want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: toQuestion, type, class: 3, data: Buffer.alloc(4) }] } })),
+    { why: 'another type of another class', want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, data: '198.51.100.1' }, { name: toQuestion, type: types.TXT, class: 3, data: Buffer.alloc(4) }] } },
+    { why: 'another class', strays: true, want: [], text: { answers: [{ name: toQuestion, type: types.A, class: 3, data: '198.51.100.1' }] } },
     { why: 'TTL with the top bit counts as 0', ttl: 0, want: ['198.51.100.1'], text: { answers: [{ name: toQuestion, type: types.A, ttl: 0x80000000, data: '198.51.100.1' }] } },
   ]
   for (const { why, text, want, ttl, strays = false } of rows) {

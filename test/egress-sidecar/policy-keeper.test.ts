@@ -1,5 +1,5 @@
 /** Policy changes: texts and order as the original, each change whole or not at all. */
-import { readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
+import { lstatSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import t from 'tap'
 import type { Rules } from '#policies/compile.ts'
@@ -176,6 +176,15 @@ t.test('the policy file', async (t) => {
   const nowhere = await setUp(directory, { policyFile: join(directory, 'missing', 'policy.json') })
   await t.rejects(nowhere.keeper.put('{}'), { status: 500, message: /^failed to persist policy: / })
   t.same(nowhere.kernel.enforced, [])
+})
+
+t.test('a policy file that is a link stays one', async (t) => {
+  const directory = t.testdir({ real: { 'policy.json': '{}' }, 'policy.json': t.fixture('symlink', 'real/policy.json') })
+  const { keeper } = await setUp(directory, { policyFile: join(directory, 'policy.json') })
+  await keeper.put('{"defaultAction":"allow"}')
+  t.ok(lstatSync(join(directory, 'policy.json')).isSymbolicLink())
+  t.match(readFileSync(join(directory, 'real', 'policy.json'), 'utf8'), '"defaultAction": "allow"')
+  t.same(readdirSync(join(directory, 'real')), ['policy.json'])
 })
 
 t.test('a policy file that is of no use', async (t) => {

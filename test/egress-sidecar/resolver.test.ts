@@ -9,7 +9,7 @@ import { createResolver, type UdpResolver } from '../../egress-sidecar/resolver.
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
 import { startProbes } from '../../egress-sidecar/upstream-probes.ts'
 import { eventually } from '../support/program.ts'
-import { message, rcodeOf, record, replyFlags, toQuestion, types } from './message.ts'
+import { message, wireName, rcodeOf, record, replyFlags, toQuestion, types } from './message.ts'
 
 type Reply = (query: Buffer, send: (reply: Buffer) => void, peer: RemoteInfo) => void
 
@@ -309,6 +309,39 @@ t.test('nobody answers a probe: all are asked', async (t) => {
   alive = true
   await resolver.probe(query())
   t.ok(await askOnce(resolver, query(), end, 'udp'))
+})
+
+t.test('a server that writes the name out again before its records: the asker sees it as it wrote it', async (t) => {
+  const owner = wireName('a.example')
+  const written = (asked: Buffer): Buffer => {
+    const name = asked.subarray(12, end - 4)
+    const reply = message({ id: asked.readUInt16BE(0), flags: replyFlags, name: 'a.example', answers: [{ name, type: types.CNAME, data: 'b.example' }, { name: 'b.example', type: types.A, data: '198.51.100.1' }, { name, type: types.TXT, data: Buffer.from('\u0001x') }] })
+    asked.copy(reply, 12, 12, end)
+    return reply
+  }
+  const peer = await upstream(t, (asked, send) => send(written(asked)))
+  const resolver = await resolverOf(t, [peer])
+  const plain = written(query())
+  for (let i = 0; i < 20; i++) {
+    const reply = await askOnce(resolver, query(), end, 'udp')
+    t.same(reply?.subarray(2), plain.subarray(2))
+    t.ok(reply?.includes(owner))
+  }
+})
+
+t.test('a server that cannot read the question and does not give it back: the next one is asked at once', async (t) => {
+  const header = (asked: Buffer, flags: number): Buffer => Buffer.from([asked[0]!, asked[1]!, flags >> 8, flags & 255, 0, 0, 0, 0, 0, 0, 0, 0])
+  const dull = await upstream(t, (asked, send) => send(header(asked, 0x8001)))
+  const resolver = await resolverOf(t, [dull, await upstream(t, good)], 3000)
+  let begun = performance.now()
+  t.ok((await askOnce(resolver, query(), end, 'udp'))?.includes(Buffer.of(198, 51, 100, 1)))
+  const alone = await resolverOf(t, [dull], 3000)
+  t.equal(await askOnce(alone, query(), end, 'udp'), null)
+  t.ok(performance.now() - begun < 1000, 'nobody waits')
+  begun = performance.now()
+  const empty = await resolverOf(t, [await upstream(t, (asked, send) => send(header(asked, 0x8000)))], 300)
+  t.equal(await askOnce(empty, query(), end, 'udp'), null)
+  t.ok(performance.now() - begun > 250, 'no error, no question: that is no answer to anything')
 })
 
 t.test('until it connects, its ports are nobody else\'s on any address, and only the upstream is heard', async (t) => {

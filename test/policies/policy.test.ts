@@ -52,6 +52,11 @@ t.test('paths of a document that is a whole body', async (t) => {
   t.match(readNetworkPolicy({ defaultAction: 'x', egress: [{ target: '*' }] }, ''), { ok: false, problems: [{ path: 'defaultAction' }, { path: 'egress[0].target' }] })
 })
 
+t.test('as many wildcards as an operator may have', async (t) => {
+  const many = compilePolicy({ defaultAction: 'allow', egress: Array.from({ length: 200_000 }, (_, i) => ({ action: 'deny', target: `*.n${i}.ads.example` })) })
+  t.equal(decideName(many, 'x.n199999.ads.example').action, 'deny')
+})
+
 t.test('the same target', async (t) => {
   const rows: [a: string, b: string, same: boolean][] = [
     ['Example.com.', 'example.com', true], ['*.BÜCHER.example', '*.xn--bcher-kva.example.', true], ['example.com', '*.example.com', false],
