@@ -35,7 +35,8 @@ export const guardTable = 'sallyport_host'
  * - forward: a handshake that comes back through the NAT of a sandbox's own flow (its namespace may have forgotten the flow, and would
  *   take it for a connection from outside, whose answers no policy holds); the floor by its original address and by the one after NAT;
  *   sandbox to sandbox; anything redirected.
- * - bridge: neighbours on one bridge, whose frames never come to the forward hook when br_netfilter is off.
+ * - bridge: neighbours on one bridge, whose frames never come to the forward hook when br_netfilter is off. Whatever they are sent to: multicast
+ *   and ARP for an address beyond the subnet reach every neighbour. What is for the gateway does not come to this hook.
  */
 export function guardText(guarded: Guarded): string {
   const t = `inet ${guardTable}`
@@ -84,7 +85,7 @@ export function guardText(guarded: Guarded): string {
     `add table ${b}`,
     `add set ${b} subnets { type ipv4_addr; flags interval; auto-merge; }`,
     `add counter ${b} to_neighbour`,
-    ...chain(b, 'forward', 'forward priority -200', ['ip saddr @subnets ip daddr @subnets counter name "to_neighbour" drop', 'arp saddr ip @subnets arp daddr ip @subnets counter name "to_neighbour" drop']),
+    ...chain(b, 'forward', 'forward priority -200', ['ip saddr @subnets counter name "to_neighbour" drop', 'arp saddr ip @subnets counter name "to_neighbour" drop']),
     ...elements(b, 'subnets', guarded.isolated ? guarded.subnets : []),
   ].join('\n') + '\n'
 }

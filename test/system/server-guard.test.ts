@@ -5,7 +5,7 @@
 import { execa } from 'execa'
 import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
-import { HostGuard, guardTable, type Guarded } from '../../server/host-guard.ts'
+import { HostGuard, guardTable, guardText, type Guarded } from '../../server/host-guard.ts'
 import { needs } from '#test/support/abilities.ts'
 
 t.setTimeout(120_000)
@@ -61,6 +61,30 @@ t.before(async () => {
   `])
 })
 t.teardown(async () => { for (const netns of [one, two, far, host]) await execa('ip', ['netns', 'delete', netns], { reject: false }) })
+
+t.test('what is meant for everybody on the link, br_netfilter off', async (t) => {
+  await inside(two, ['nft', '-f', '-'], 'table netdev watch {\n counter frames_ip { }\n counter frames_arp { }\n chain in {\n  type filter hook ingress device "eth0" priority 0; policy accept;\n  ether type ip counter name frames_ip\n  ether type arp counter name frames_arp\n }\n}\n')
+  const sends = `import socket
+for option, place in ((None, ("224.0.0.251", 5353)), (socket.SO_BROADCAST, ("255.255.255.255", 67)), (socket.SO_BROADCAST, ("10.77.0.255", 67)), (socket.SO_DONTROUTE, ("198.51.100.200", 9))):
+  s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+  s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+  if option: s.setsockopt(socket.SOL_SOCKET, option, 1)
+  s.sendto(b"knock", place)
+import time
+time.sleep(0.3)`
+  const heard = async (): Promise<number[]> => {
+    await inside(two, ['nft', 'reset', 'counters'])
+    await inside(one, ['python3', '-c', sends])
+    const { stdout } = await inside(two, ['nft', 'list', 'counters'])
+    return ['ip', 'arp'].map((kind) => Number(new RegExp(`counter frames_${kind} \\{\\s+packets (\\d+)`).exec(stdout)?.[1]))
+  }
+  const [ip = 0, arp = 0] = await heard()
+  t.ok(ip >= 3 && arp >= 1, `without the rules a neighbour hears all of it: ${ip}, ${arp}`)
+  await inside(host, ['nft', '-f', '-'], guardText(guarded))
+  t.same(await heard(), [0, 0])
+  await inside(host, ['nft', 'delete', 'table', 'bridge', guardTable])
+  await inside(host, ['nft', 'delete', 'table', 'inet', guardTable])
+})
 
 t.test('what a sandbox reaches', async (t) => {
   const servers = [serve(host, [22, 53]), serve(two, [80]), serve(far, [53, 80])]

@@ -182,6 +182,14 @@ def group(address, port, interface="eth0"):
 
 # -- what only raw sockets can do --------------------------------------------------------------------------------------------------
 
+def off_link(address, port, interface="eth0"):
+    """As if the place were on the link: whoever has it is asked for by ARP, of everybody."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode())
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_DONTROUTE, 1)
+        return s.sendto(b"knock", (address, int(port)))
+
+
 def content(number, host, sport, port):
     """What makes a packet whole to whoever looks inside: a malformed one could be refused for that alone."""
     if number == 17:
@@ -326,9 +334,11 @@ def from_port(how, name, server):
                         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     if how != "address":
                         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                s.bind((own_address() if how == "specific" else "::ffff:0.0.0.0" if six else "0.0.0.0", port))
+                # A bound address says nothing about the one a datagram leaves with: that may be named for each of them.
+                named = [(socket.IPPROTO_IP, 8, struct.pack("=I4s4s", 0, socket.inet_aton(own_address()), b"\0" * 4))] if how == "packet-info" else []
+                s.bind((own_address() if how == "specific" else "127.0.0.2" if named else "::ffff:0.0.0.0" if six else "0.0.0.0", port))
                 s.settimeout(0.03)
-                s.sendto(question(wire(name)), ("::ffff:" + server if six else server, 53))
+                s.sendmsg([question(wire(name))], named, 0, ("::ffff:" + server if six else server, 53))
                 outcomes.add(verdict(s.recv(512)))
         except OSError as error:
             outcomes.add(errno.errorcode.get(error.errno, str(error)))
@@ -437,6 +447,15 @@ def ask_wire(name, server, port="53", proto="udp", kind="1"):
         if proto == "tcp" and len(answer) == 2:
             answer += s.recv(4096)
         return verdict(answer if proto == "udp" else answer[2:])
+
+
+def busy(count, name, server):
+    """So many questions one after the other, with a pause that has the sidecar choose a channel for each."""
+    said = []
+    for _ in range(int(count)):
+        said.append(ask(name, server))
+        time.sleep(0.005)
+    return "%d of %s: %s" % (len(said), count, said[-1])
 
 
 def ttl(name, server):

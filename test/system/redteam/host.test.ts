@@ -67,6 +67,7 @@ t.test('everybody on the link', async (t) => {
     ['a neighbour by number, UDP-Lite', 'protocol', '136', '2', address, '9'],
     ['a ping of a neighbour', 'ping', address],
     ['ARP by hand', 'arp', address],
+    ['ARP for a place beyond the network', 'off_link', '198.51.100.200', '9'],
   ]
   const near = await watchLink(target.id)
   for (const [why, ...words] of tries(target.address)) {
