@@ -9,7 +9,7 @@ import { packetsTo, questionsFor } from '#test/support/attack.ts'
 import { docker } from '#test/support/containers.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
-import { startStack, type Sandbox } from '#test/support/stack.ts'
+import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
 
 await needs('root', 'docker', 'nft', 'iptables', 'netns')
 t.setTimeout(200_000)
@@ -44,6 +44,22 @@ def flood(n):
       except OSError: pass
     if len(held)>200: held.pop(0).close()
   return done`, 2000],
+  ['requests to its policy API, in a row on each connection', `
+def flood(n):
+  many=b"GET / HTTP/1.1\\r\\nhost:\\r\\n\\r\\n"*4000; done=0; open_=[]
+  for i in range(30):
+    s=socket.socket(); s.settimeout(1)
+    try: s.connect(("127.0.0.1",18080))
+    except OSError: continue
+    s.setblocking(False); open_.append(s)
+  while time.time()<end:
+    for s in open_:
+      try: done+=s.send(many)//25
+      except OSError: pass
+      try:
+        while s.recv(65536): pass
+      except OSError: pass
+  return done`, 2000],
   // A connection is remembered for every address of the loopback that was sent to; the processes end when the table is full.
   ["the namespace's table of connections", `
 def flood(n):
@@ -74,13 +90,13 @@ t.test('floods', async (t) => {
   const calm = await run(neighbour, ['look', 'slowly'])
   t.match(calm, served, `nobody floods yet: ${calm}`)
   const quiet = medianOf(calm)
-  for (const [why, program, least] of floods) await t.test(why, (t) => flood(t, { internet, flooder, neighbour, quiet }, program, least))
+  for (const [why, program, least] of floods) await t.test(why, (t) => flood(t, { internet, stack, flooder, neighbour, quiet }, program, least))
   const { State: after } = await docker.getContainer(flooder.sidecar!).inspect()
   t.same([after.Running, after.OOMKilled, after.StartedAt], [true, false, before.StartedAt], 'the sidecar lived through all of it')
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
-async function flood(t: Test, { internet, flooder, neighbour, quiet }: { internet: Internet; flooder: Sandbox; neighbour: Sandbox; quiet: number }, program: string, least: number): Promise<void> {
+async function flood(t: Test, { internet, stack, flooder, neighbour, quiet }: { internet: Internet; stack: Stack; flooder: Sandbox; neighbour: Sandbox; quiet: number }, program: string, least: number): Promise<void> {
   await internet.forget()
   const used = await processorTime(flooder.sidecar!)
   const began = performance.now()
@@ -89,6 +105,10 @@ async function flood(t: Test, { internet, flooder, neighbour, quiet }: { interne
   let heard = 0
   for (let i = 0; i < 10; i++) heard += (await request(`http://${flooder.address}:18080/healthz`, { reset: true, headersTimeout: 2000 }).then(({ statusCode, body }) => body.dump().then(() => statusCode), () => 0)) === 200 ? 1 : 0
   t.equal(heard, 10, 'its policy API has room for the server all the while')
+  const changing = performance.now()
+  const { status } = await stack.api.call('PATCH', `/v1/sandboxes/${flooder.id}/network-policy`, networkPolicy.egress)
+  const changed = performance.now() - changing
+  t.ok(status === 200 && changed < 1500, `its policy is changed within a second or so: ${status}, ${changed.toFixed(0)} ms`)
   const looked = await run(neighbour, ['look', 'slowly'])
   t.match(looked, served, 'the neighbour asks and connects as always')
   // Processors are shared with two threads of the flood, so it need not be as fast as before: what it shows is that nobody stands in line behind a flood.
