@@ -5,6 +5,7 @@ import { needs } from '#test/support/abilities.ts'
 import { docker } from '#test/support/containers.ts'
 import { ownerLabel } from '#test/support/leftovers.ts'
 import { root } from '#test/support/program.ts'
+import { readToml } from '../server/bench.ts'
 
 await needs('root', 'docker')
 t.setTimeout(120_000)
@@ -38,7 +39,7 @@ t.test('a second build finds everything there', async (t) => {
 
 t.test('sidecar: node is process 1, nft and iptables work with NET_ADMIN alone, no shell', async (t) => {
   const { Config } = await docker.getImage('sallyport/egress:local').inspect()
-  t.match(Config.Entrypoint, ['/usr/bin/node', /^--/, /^--/, /^--/, '/opt/sallyport/egress.mjs'])
+  t.match(Config.Entrypoint, ['/usr/bin/node', ...Config.Entrypoint.slice(1, -1).map(() => /^--/), '/opt/sallyport/egress.mjs'])
   t.notOk(Config.User, 'its user is root, which without capabilities owns its files and no more')
   const found = await look('sallyport/egress:local', `
     const { execFileSync } = require('node:child_process'), { existsSync } = require('node:fs')
@@ -56,6 +57,16 @@ t.test('sidecar: the compiled code of the image is the one that its own start ta
     const { stderr } = spawnSync(file, args, { env: { ...process.env, NODE_DEBUG_NATIVE: 'COMPILE_CACHE', OPENSANDBOX_EGRESS_MODE: 'none' }, encoding: 'utf8' })
     console.log(JSON.stringify(stderr.split('\\n')))`)
   t.ok((said as string[]).some((line) => /V8 code cache for ESM file:\/\/\/opt\/sallyport\/egress\.mjs was accepted/.test(line)), 'accepted', { said })
+})
+
+t.test('sidecar: its heap ends well below the memory that the server gives it', async (t) => {
+  const { Config } = await docker.getImage('sallyport/egress:local').inspect()
+  const flags = (Config.Entrypoint as string[]).slice(1, -1)
+  const [limit] = await look('sallyport/egress:local', `
+    const { execFileSync } = require('node:child_process')
+    console.log(execFileSync('/usr/bin/node', [...${JSON.stringify(flags)}, '-p', '[v8.getHeapStatistics().heap_size_limit]']).toString())`) as [number]
+  const given = readToml('[server]\napi_key = "k"').egress.memory_bytes
+  t.ok(limit <= 0.6 * given, `${limit} of ${given} bytes: beside it there are buffers, Node itself and nft`)
 })
 
 t.test('sandbox: sh, python3, curl with certificates, node, the application', async (t) => {
