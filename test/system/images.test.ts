@@ -39,7 +39,7 @@ t.test('a second build finds everything there', async (t) => {
 
 t.test('sidecar: node is process 1, nft and iptables work with NET_ADMIN alone, no shell', async (t) => {
   const { Config } = await docker.getImage('sallyport/egress:local').inspect()
-  t.match(Config.Entrypoint, ['/usr/bin/node', ...Config.Entrypoint.slice(1, -1).map(() => /^--/), '/opt/sallyport/egress.mjs'])
+  t.match(Config.Entrypoint, ['/usr/bin/node', ...Array<RegExp>((Config.Entrypoint?.length ?? 0) - 2).fill(/^--/), '/opt/sallyport/egress.mjs'])
   t.notOk(Config.User, 'its user is root, which without capabilities owns its files and no more')
   const found = await look('sallyport/egress:local', `
     const { execFileSync } = require('node:child_process'), { existsSync } = require('node:fs')
@@ -64,7 +64,7 @@ t.test('sidecar: its heap ends well below the memory that the server gives it', 
   const flags = (Config.Entrypoint as string[]).slice(1, -1)
   const [limit] = await look('sallyport/egress:local', `
     const { execFileSync } = require('node:child_process')
-    console.log(execFileSync('/usr/bin/node', [...${JSON.stringify(flags)}, '-p', '[v8.getHeapStatistics().heap_size_limit]']).toString())`) as [number]
+    process.stdout.write(execFileSync('/usr/bin/node', [...${JSON.stringify(flags)}, '-p', '[v8.getHeapStatistics().heap_size_limit]']).toString().trim())`) as [number]
   const given = readToml('[server]\napi_key = "k"').egress.memory_bytes
   t.ok(limit <= 0.6 * given, `${limit} of ${given} bytes: beside it there are buffers, Node itself and nft`)
 })
