@@ -39,7 +39,7 @@ export function composeReply({ query, question, message, found, allowed, seconds
 }
 
 /** Types of questions whose answers consist of what is judged here; 255 may be answered with a part of what there is (RFC 8482). */
-const rewritable: ReadonlySet<number> = new Set([recordTypes.a, recordTypes.cname, recordTypes.aaaa, recordTypes.svcb, recordTypes.https, recordTypes.any])
+const rewritable: ReadonlySet<number> = new Set([recordTypes.a, recordTypes.aaaa, recordTypes.svcb, recordTypes.https, recordTypes.any])
 
 /** Bytes: its length has two before it over TCP. RFC 1035 4.2.2 */
 const maxMessage = 65_535

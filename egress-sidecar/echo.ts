@@ -25,9 +25,10 @@ export function mixOwners(message: Buffer, query: Buffer, questionEnd: number, m
   }
 }
 
-/** A server that could not read the question may give none back (RFC 1035 4.1.1: format error): it will not answer that any better. */
+/** A server that could not read the question may give none back (RFC 1035 4.1.1: format error): a header with an error, and nothing else. */
 export function refusesUnread(reply: Buffer): boolean {
-  return reply.length === headerLength && (uint16(reply, 2) & 0xf800) === 0x8000 && uint16(reply, 4) === 0 && (uint16(reply, 2) & 0xf) !== rcodes.noError
+  const rcode = uint16(reply, 2) & 0xf
+  return reply.length === headerLength && (uint16(reply, 2) & 0xfa00) === 0x8000 && reply.readUInt32BE(4) === 0 && reply.readUInt32BE(8) === 0 && rcode !== rcodes.noError && rcode !== rcodes.nxDomain
 }
 
 /** How `reply` gives the question back (RFC 5452 9.1): byte for byte, in another case, or not at all. */

@@ -41,7 +41,6 @@ export type ExemptionDeps = {
   readonly inContainer: boolean
   /** Is one of the upstreams reached over IPv6? */
   readonly ipv6: boolean
-  readonly ports: readonly number[]
   /** Where the exemption will lead: the ports of the upstreams, and the webhook's. */
   readonly towards: readonly { readonly protocol: 'udp' | 'tcp'; readonly port: number }[]
 }
@@ -50,7 +49,7 @@ export type ChosenExemption = Exemption & { readonly kind: 'cgroup-iptables' | '
 
 /** Installs what the rung needs. @throws NftError when 'cgroup' was demanded and is not to be had */
 export async function chooseExemption(wish: ExemptionWish, deps: ExemptionDeps): Promise<ChosenExemption> {
-  const ports: ChosenExemption = { kind: 'ports', why: 'asked for', match: `udp sport { ${deps.ports.join(', ')} }`, others: null, protocols: ['udp'] }
+  const ports: ChosenExemption = { kind: 'ports', why: 'asked for', match: null, protocols: ['udp'] }
   if (wish === 'ports') return ports
   if (wish === 'auto' && !deps.inContainer) return { ...ports, why: 'not in a container' }
   const refusals: string[] = []
@@ -95,15 +94,13 @@ async function byIptables(path: string, { ipv6, towards, appendIptables }: Exemp
     `-A OUTPUT -p ${protocol} --dport ${port} -m cgroup --path "${path}" -j MARK --set-mark ${mark}`,
   ])
   for (const program of ipv6 ? (['iptables', 'ip6tables'] as const) : (['iptables'] as const)) await appendIptables(program, 'raw', rules)
-  return { kind: 'cgroup-iptables', why: path, match: `meta mark ${mark}`, others: `meta mark != ${mark}`, protocols: ['udp', 'tcp'] }
+  return { kind: 'cgroup-iptables', why: path, match: `meta mark ${mark}`, protocols: ['udp', 'tcp'] }
 }
 
 async function byNft(path: string, { nft }: ExemptionDeps): Promise<ChosenExemption> {
   const parts = path.split('/').filter((part) => part !== '')
   if (parts.length === 0) throw new Error('nft needs a cgroup path below /')
-  const socket = `socket cgroupv2 level ${parts.length}`
-  const name = `"${parts.join('/')}"`
-  const match = `${socket} ${name}`
+  const match = `socket cgroupv2 level ${parts.length} "${parts.join('/')}"`
   await nft.apply([`add rule inet opensandbox exempt ${match} udp dport 53 continue`, 'flush chain inet opensandbox exempt'])
-  return { kind: 'cgroup-nft', why: path, match, others: `${socket} != ${name}`, protocols: ['udp', 'tcp'] }
+  return { kind: 'cgroup-nft', why: path, match, protocols: ['udp', 'tcp'] }
 }

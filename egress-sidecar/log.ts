@@ -37,22 +37,27 @@ export function createLog({ level, outputs, sandboxId, attributes }: LogOptions)
   const log = pino({ level, base, timestamp: () => `,"ts":"${new Date().toISOString()}"`, formatters: { level: (label) => ({ level: label }) } }, multistream(streams))
   let second = 0
   let lines = 0
+  let missing = 0
+  let telling: NodeJS.Timeout | null = null
 
   function tellDropped(): void {
-    if (lines > questionLinesPerSecond) log.warn({ 'opensandbox.event': 'egress.lines_dropped', dropped: lines - questionLinesPerSecond }, 'more questions than log lines')
-    lines = 0
+    if (telling !== null) clearTimeout(telling)
+    telling = null
+    if (missing > 0) log.warn({ 'opensandbox.event': 'egress.lines_dropped', dropped: missing }, 'more questions than log lines')
+    missing = 0
   }
 
   function dropped(): boolean {
     const now = Math.floor(Date.now() / 1000)
     if (now !== second) {
-      tellDropped()
       second = now
+      lines = 0
     }
-    lines++
-    // Nobody may ask any more.
-    if (lines === questionLinesPerSecond + 1) setTimeout(tellDropped, 1000).unref()
-    return lines > questionLinesPerSecond
+    if (++lines <= questionLinesPerSecond) return false
+    missing++
+    // A timer: nobody may ask any more.
+    telling ??= setTimeout(tellDropped, 1000).unref()
+    return true
   }
 
   return {

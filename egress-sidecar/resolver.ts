@@ -14,7 +14,7 @@ import { noLookup } from './listen.ts'
 import { echoOf, mixCase, mixOwners, refusesUnread } from './echo.ts'
 import { isTruncated, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
-import type { Upstream } from './ruleset.ts'
+import type { HeldPorts, Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
 
 export type ResolverOptions = {
@@ -33,7 +33,7 @@ export type UdpResolver = Resolver & {
   /** Asks all of them, each for itself; those that give no answer at all (any rcode is one) are returned, and left out until they do. */
   probe(query: Buffer): Promise<readonly Upstream[]>
   /** Local ports of the sockets; they stay bound until `close`. */
-  readonly ports: readonly number[]
+  readonly ports: HeldPorts
   /** From now on the kernel takes datagrams from the upstreams only. Before, they are told apart here. */
   connect(): Promise<void>
   close(): void
@@ -151,7 +151,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const echo = echoOf(reply, pending.query, pending.questionEnd)
     if (echo === 'none' && !refusesUnread(reply)) return
     channel.pending.delete(id)
-    if (echo === 'none') return next(pending)
+    if (echo === 'none') return take(pending, reply)
     if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, pending, reply)
     if (echo === 'exact') restoreCase(reply, pending)
     state.failures = 0
@@ -203,7 +203,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     if (id === -1) return settle(pending, pending.failure)
     pending.query.writeUInt16BE(id, 0)
     mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
-    // Hearing of each datagram costs a tick of its own. An upstream that cannot be reached is heard of by the socket's error, at the latest by time.
+    // Hearing of each datagram costs a tick of its own. An upstream that cannot be reached is heard of by the connected socket's error, at the latest by time.
     const { upstream, failures } = state
     if (connected) failures === 0 ? channel.socket.send(pending.query) : channel.socket.send(pending.query, channel.sent)
     else channel.socket.send(pending.query, upstream.port, upstream.address, failures === 0 ? undefined : channel.sent)
@@ -289,6 +289,10 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     return true
   }
 
+  function portsOf(type: 'udp4' | 'udp6'): number[] {
+    return states.filter(({ upstream }) => typeOf(upstream) === type).flatMap(({ channels }) => channels.map(({ socket }) => socket.address().port))
+  }
+
   async function probe(query: Buffer): Promise<readonly Upstream[]> {
     await Promise.all(states.map(async (state) => {
       pendingCount++
@@ -304,7 +308,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     upstreams: states.length,
     unroutable,
     probe,
-    ports: states.flatMap((state) => state.channels.map(({ socket }) => socket.address().port)),
+    ports: { 4: portsOf('udp4'), 6: portsOf('udp6') },
     async connect() {
       await Promise.all(states.flatMap(({ upstream, channels }) => channels.map(({ socket }) => connectSocket(socket, upstream))))
       connected = true
@@ -328,8 +332,12 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   }
 }
 
-function openSocket({ address }: Upstream): Socket {
-  return createSocket({ type: address.includes(':') ? 'udp6' : 'udp4', lookup: noLookup })
+function typeOf({ address }: Upstream): 'udp4' | 'udp6' {
+  return address.includes(':') ? 'udp6' : 'udp4'
+}
+
+function openSocket(upstream: Upstream): Socket {
+  return createSocket({ type: typeOf(upstream), lookup: noLookup })
 }
 
 /** @throws when no route leads there */

@@ -21,8 +21,8 @@ import type { Rules } from '#policies/compile.ts'
 
 export type Upstream = { readonly address: string; readonly port: number }
 
-/** How the kernel tells the sidecar's packets from everybody else's: the text of an nft match, and of its contrary; null where there is none. */
-export type Exemption = { readonly match: string; readonly others: string | null; readonly protocols: readonly ('udp' | 'tcp')[] }
+/** How the kernel tells the sidecar's packets from everybody else's: the text of an nft match; null: by their source ports. */
+export type Exemption = { readonly match: string | null; readonly protocols: readonly ('udp' | 'tcp')[] }
 
 export type RulesetInput = {
   readonly rules: Rules
@@ -31,8 +31,8 @@ export type RulesetInput = {
   readonly ipv6: boolean
   readonly exemption: Exemption
   readonly upstreams: readonly Upstream[]
-  /** Source ports of the sockets that ask them. */
-  readonly held: readonly number[]
+  /** Source ports of the sockets that ask them, by the upstream's family: what holds a port for IPv4 does not hold it for IPv6. */
+  readonly held: HeldPorts
   /** Resolvers the sandbox may ask directly on port 53. */
   readonly openResolvers: readonly string[]
   readonly doh: DohBlock
@@ -41,6 +41,8 @@ export type RulesetInput = {
   /** Connections seen under this policy carry it, 1 to 2^31-1: an idle one outlives its address's lease, but not its policy. */
   readonly generation: number
 }
+
+export type HeldPorts = { readonly [family in '4' | '6']: readonly number[] }
 
 /** Off; every TCP and UDP 443; or only 443 of these. */
 export type DohBlock = { readonly everywhere: boolean; readonly addresses: readonly string[] }
@@ -84,8 +86,8 @@ const chains = ['nat', 'egress', 'sockets', 'exempt', 'denied'] as const
 const dockerResolver = '127.0.0.11'
 
 const families = [
-  { n: '4', ip: 'ip', type: 'ipv4_addr' },
-  { n: '6', ip: 'ip6', type: 'ipv6_addr' },
+  { n: '4', ip: 'ip', type: 'ipv4_addr', loopback: '127.0.0.0/8' },
+  { n: '6', ip: 'ip6', type: 'ipv6_addr', loopback: '::1' },
 ] as const
 type Family = (typeof families)[number]
 
@@ -257,9 +259,12 @@ function outermost(networks: readonly string[]): string[] {
  * a connection that the kernel knows; or before us, so that the kernel redirects our questions to ourselves and gives forged answers the
  * resolver's address. Dropped, not refused: the ICMP error would reach our socket.
  */
-function socketRules({ held, exemption }: RulesetInput): string[] {
-  if (held.length === 0) return []
-  return [`oif "lo" udp dport ${portSet(held)} drop`, ...(exemption.others === null ? [] : [`udp sport ${portSet(held)} ${exemption.others} drop`])]
+function socketRules({ held, exemption: { match } }: RulesetInput): string[] {
+  const holding = families.filter((f) => held[f.n].length > 0)
+  // A program may be given one of our ports on a loopback address, which leads to none of our sockets. Where ports are all there is, it cannot.
+  const but = (f: Family, side: 'saddr' | 'daddr'): string => (match === null ? '' : `${f.ip} ${side} != ${f.loopback} `)
+  const heard = holding.map((f) => `oif "lo" meta nfproto ipv${f.n} ${but(f, 'daddr')}udp dport ${portSet(held[f.n])} drop`)
+  return match === null ? heard : [...heard, `${match} return`, ...holding.map((f) => `${but(f, 'saddr')}udp sport ${portSet(held[f.n])} drop`)]
 }
 
 const toSockets = 'meta l4proto udp jump sockets'
@@ -269,21 +274,22 @@ function portSet(ports: readonly number[]): string {
 }
 
 function natRules({ exemption, upstreams, held, openResolvers, ipv6 }: RulesetInput): string[] {
-  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, held, u, protocol)} accept`))
+  const others = families.filter((f) => held[f.n].length > 0).map((f) => `${f.ip} saddr != ${f.loopback} udp sport ${portSet(held[f.n])} drop`)
   const open = openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)
-  return [...own, ...(held.length === 0 ? [] : [`udp sport ${portSet(held)} drop`]), ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
+  return [...own, ...others, ...open, `${ipv6 ? '' : 'meta nfproto ipv4 '}meta l4proto { tcp, udp } th dport 53 redirect to :${dnsPort}`]
 }
 
-function exemptRules({ exemption, upstreams, openResolvers, control }: RulesetInput): string[] {
-  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, u, protocol)} accept`))
+function exemptRules({ exemption, upstreams, held, openResolvers, control }: RulesetInput): string[] {
+  const own = upstreams.flatMap((u) => exemption.protocols.map((protocol) => `${toUpstream(exemption, held, u, protocol)} accept`))
   if (control && exemption.protocols.includes('tcp')) own.push(...families.map((f) => `${exemption.match} ${f.ip} daddr . meta l4proto . th dport @control_v${f.n} ${whileAlive} accept`))
   return [...own, ...openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)]
 }
 
 const whileAlive = 'meta l4proto @alive'
 
-function toUpstream(exemption: Exemption, { address, port }: Upstream, protocol: 'udp' | 'tcp'): string {
-  return `${exemption.match} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port} ${whileAlive}`
+function toUpstream({ match }: Exemption, held: HeldPorts, { address, port }: Upstream, protocol: 'udp' | 'tcp'): string {
+  return `${match ?? `udp sport ${portSet(held[familyOf(address).n])}`} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port} ${whileAlive}`
 }
 
 // A reset or an ICMP error reaches the client within milliseconds; a silent drop costs it its whole timeout.

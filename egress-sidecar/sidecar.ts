@@ -64,6 +64,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
   /** The rules are not ours to touch. */
   let another = false
   let beating: NodeJS.Timeout | null = null
+  let counting: Promise<number | null> | null = null
 
   async function start(): Promise<void> {
     if (await inHostNamespace()) throw new StartError('this is the network namespace of the host: refusing to filter it')
@@ -102,13 +103,13 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       unauthorized: (from) => log.limited('egress.unauthorized', `policy API: a request from ${from} without the right token`),
       refused: ({ status, message }) => log.event(status >= 500 ? 'error' : 'warn', 'egress.update_failed', 'egress policy update failed', { error: message }),
       inspect: async () => (firewall === null ? null : await missingRules(kernel, firewall).catch((error: Error) => error.message)) ?? '',
-      metrics: async () => metrics.text({ refused: await kernel.list(deniedCounter).then(readDenied, () => null), learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
+      metrics: async () => metrics.text({ refused: await deniedPackets(kernel), learned: firewall?.learned ?? 0, rules: keeper?.policy.egress.length ?? 0, elements: elementsOf(firewall?.rules), updates: firewall?.updates ?? 0 }),
     })
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
     let tcpIsExempt = false
     const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt }, now))
-    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), ports: asking.ports, towards: exemptPlaces(config) })
+    const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), towards: exemptPlaces(config) })
     tcpIsExempt = exemption.protocols.includes('tcp')
     // Where source ports are all there is, nobody else may have them on any address.
     if (exemption.kind !== 'ports') await asking.connect()
@@ -168,6 +169,11 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       unready = 'the rules are lost'
       lost(`the rules are not in the kernel any more: ${problem}`)
     }
+  }
+
+  /** One listing for all who ask at the same time. */
+  function deniedPackets(kernel: Nft): Promise<number | null> {
+    return (counting ??= kernel.list(deniedCounter).then(readDenied, () => null).finally(() => (counting = null)))
   }
 
   /** What the kernel lacks of the policy; a change in between is no lack. */

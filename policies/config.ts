@@ -28,6 +28,9 @@ export function checkConfig<S extends TSchema>(schema: S, raw: unknown): Static<
   return deepFreeze(value) as Static<S>
 }
 
+/** Of a key that somebody else chose. */
+const longestKey = 80
+
 /** What the schema has against `value`, with paths in the form `a.b[2].c` below `at`. */
 export function schemaProblems(schema: TSchema, value: unknown, at = ''): Problem[] {
   const found = new Map<string, Problem>()
@@ -47,7 +50,7 @@ export function schemaProblems(schema: TSchema, value: unknown, at = ''): Proble
     const params = error.params as { requiredProperties?: string[]; additionalProperties?: string[] }
     const names = params.requiredProperties ?? params.additionalProperties ?? ['']
     for (const name of names) {
-      const path = joinPath(at, error.instancePath, name)
+      const path = joinPath(at, error.instancePath, name.slice(0, longestKey))
       const reason = params.requiredProperties !== undefined ? `is required${error.instancePath === '' ? choicesFor(schema, name) : ''}` : params.additionalProperties !== undefined ? 'is not a known key' : error.message
       if (!found.has(path)) found.set(path, { path, reason })
     }

@@ -61,8 +61,8 @@ const EgressSchema = Type.Object({
   disable_ipv6: Type.Boolean({ default: true, description: 'no IPv6 in sandboxes with a policy' }),
   dns_upstreams: Type.Optional(Type.Array(Type.String(), { minItems: 1, description: "resolvers, `address` or `address:port`; default: the host's, loopback stubs resolved" })),
   max_rules: Type.Integer({ minimum: 1, default: 4096, description: 'rules a policy may have, also after changes' }),
-  cpus: Type.Number({ minimum: 0.1, default: 1, description: 'processors a sidecar may take, however many questions its sandbox asks' }),
-  memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar' }),
+  cpus: Type.Number({ minimum: 0, default: 1, description: 'processors a sidecar may take, however many questions its sandbox asks; 0 means no limit' }),
+  memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar; its heap may take 128 MiB of it' }),
   pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
   probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node' }),
   ready_seconds: Type.Number({ minimum: 1, maximum: 300, default: 30, description: 'how long a sidecar may take to have its rules in the kernel' }),
@@ -248,7 +248,7 @@ function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Pro
     problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
   }
   const processors = cpus().length
-  if (egress.cpus > processors) problems.push({ path: 'egress.cpus', reason: `is more than the ${processors} processors of this machine` })
+  if (processors > 0 && egress.cpus > processors) problems.push({ path: 'egress.cpus', reason: `is more than the ${processors} processors of this machine` })
   for (const [index, item] of docker.floor.entries()) {
     if (readNetwork(item) === null) problems.push({ path: `docker.floor[${index}]`, reason: 'must be an IP address or a CIDR network' })
   }

@@ -166,6 +166,7 @@ t.test('failures are SERVFAIL', async (t) => {
     { why: 'no upstream', play: { reply: null }, want: 'no-upstream' },
     { why: 'upstream says SERVFAIL', play: { reply: replyTo({ flags: replyFlags | 2 }) }, want: 'upstream-failed' },
     { why: 'or REFUSED', play: { reply: replyTo({ flags: replyFlags | 5 }) }, want: 'upstream-failed' },
+    { why: 'a header that says it could not be read', play: { reply: Buffer.from([0, 0, 0x80, 1, 0, 0, 0, 0, 0, 0, 0, 0]) }, want: 'upstream-failed' },
     { why: 'garbage', play: { reply: cut }, want: 'bad-answer' },
     { why: 'the kernel did not confirm', play: { reply: addressReply('198.51.100.1'), opened: ['failed' as const] }, want: 'kernel-failed' },
     { why: 'a policy that changes all the time', play: { reply: addressReply('198.51.100.1'), opened: ['stale' as const] }, want: 'policy-unsettled' },
@@ -219,6 +220,7 @@ t.test('what cannot be told whole is not told to be missing', async (t) => {
     ["beside somebody else's address", types.TXT, { answers: [{ name: toQuestion, type: types.TXT, data: Buffer.from('\u0001x') }, { name: 'other.example', type: types.A, data: '198.51.100.9' }] }, 2, 0],
     ['all there is, one of it private', 255, { answers: [{ name: toQuestion, type: types.A, data: '10.0.0.1' }, { name: toQuestion, type: types.A, data: '198.51.100.1' }, mail] }, 0, 1],
     ['no addresses but private ones', types.A, { answers: [{ name: toQuestion, type: types.A, data: '10.0.0.1' }] }, 0, 0],
+    ['an alias beside an HTTPS record', types.CNAME, { answers: [{ name: toQuestion, type: types.CNAME, data: 'b.example' }], additional: [https] }, 2, 0],
     ['a name that does not exist', types.MX, { flags: replyFlags | 3, additional: [https] }, 3, 0],
   ]
   for (const [why, type, text, want, records] of rows) {

@@ -76,7 +76,7 @@ def wire(device):
 
 def forge(upstream, own, name, address, seconds):
     """As the IPv6 upstream, over the loopback: answers with every id to the sidecar's own sockets, while it is asked for the name all the time."""
-    ports = [int(local.split(":")[1], 16) for local, peer in (line.split()[1:3] for line in open("/proc/net/udp6").read().splitlines()[1:]) if peer.endswith(":0035")]
+    ports = [int(local.split(":")[1], 16) for local, peer in (line.split()[1:3] for line in open("/proc/net/udp6").read().splitlines()[1:]) if peer.endswith(":0035") or local.startswith("0" * 32 + ":")]
     forger = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
     forger.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
     forger.bind((upstream, 53))

@@ -17,7 +17,7 @@ const attacks = ['-c', readFileSync(join(import.meta.dirname, 'egress-attacks.py
 /** With what root in a sandbox is left with. */
 const asSandbox = ['--bounding-set=-all,+net_bind_service', '--inh-caps=-all', '--', 'python3', ...attacks]
 const attack = (space: Namespaces, ...words: string[]): Promise<string> => space.run('setpriv', ...asSandbox, ...words)
-const upstream = (space: Namespaces, address: string, port: number): Promise<unknown> => space.runOn('internet', 'python3', ...attacks, 'resolver', address, String(port), outside.other)
+const upstream = (space: Namespaces, address: string, port: number): Promise<readonly string[]> => space.runOn('internet', 'python3', ...attacks, 'resolver', address, String(port), outside.other)
 const results = async (space: Namespaces, ...orders: Parameters<Namespaces['ask']>): Promise<string[]> => (await space.ask(...orders)).map(({ result }) => result)
 const readyz = (space: Namespaces): Promise<string> => space.run('curl', '-s', '-m', '5', 'http://127.0.0.1:18080/readyz')
 const refused = 'ECONNREFUSED'
@@ -66,11 +66,35 @@ for (const exemption of ['ports', 'cgroup'] as const) {
     const rule = /fib saddr type != local .*# handle (\d+)/.exec(await space.run('nft', '-a', 'list', 'chain', 'inet', 'opensandbox', 'egress'))?.[1] ?? ''
     t.not(rule, '', 'there is a rule')
     if (rule !== '') await space.run('nft', 'delete', 'rule', 'inet', 'opensandbox', 'egress', 'handle', rule)
-    t.comment(`without it: ${await forge(open, 10)}`)
-    t.same(await results(space, { connect: open }), ['open'], 'without the rule the forging works')
+    await space.run('nft', 'flush', 'chain', 'inet', 'opensandbox', 'sockets')
+    t.comment(`without it, and the one that lets nobody inside speak to our sockets: ${await forge(open, 10)}`)
+    t.same(await results(space, { connect: open }), ['open'], 'without the rules the forging works')
     t.equal(await arrived(space), before + 1)
   })
 }
+
+t.test('upstreams of both families, exempt by ports: what holds a port for IPv4 does not open the IPv6 resolver', async (t) => {
+  await using space = await createNamespaces()
+  await space.startSidecar({ OPENSANDBOX_EGRESS_DNS_UPSTREAM: `${outside.v4},${outside.v6}`, OPENSANDBOX_EGRESS_EXEMPTION: 'ports', OPENSANDBOX_EGRESS_RULES: policy('*.ok.example') })
+  const heard = await upstream(space, outside.v6, 53)
+  const past = (name: string, ports: string): string => `
+import socket,struct
+ports={int(line.split()[1].split(":")[1],16) for file in ("udp","udp6") for line in open("/proc/net/"+file).read().splitlines()[1:]}
+for port in ${ports}:
+  try:
+    s=socket.socket(socket.AF_INET6,socket.SOCK_DGRAM); s.setsockopt(socket.IPPROTO_IPV6,socket.IPV6_V6ONLY,1); s.bind(("2001:db8:53::2",port))
+    s.sendto(struct.pack("!6H",7,256,1,0,0,0)+b"".join(bytes([len(p)])+p for p in b"${name}".split(b"."))+bytes(1)+b"\\0\\1\\0\\1",("${outside.v6}",53)); print("sent from",port)
+  except OSError as error: print(port,error)`
+  const said = await space.run('python3', '-c', past('past.evil', 'sorted(ports)'))
+  t.match(said, /sent from/, 'there are ports that anybody may have for IPv6')
+  t.equal((await space.ask({ ask: 'own.ok.example' }))[0]?.rcode, 0)
+  await delay(200)
+  t.notOk(heard.includes('past'))
+  await space.run('nft', 'insert rule inet opensandbox nat ip6 daddr', outside.v6, 'accept; insert rule inet opensandbox egress ip6 daddr', outside.v6, 'accept')
+  // From a new port: the kernel remembers where it sent those before.
+  await space.run('python3', '-c', past('control.evil', '[0]'))
+  await eventually('without the rules it is asked', async () => heard.includes('control') || undefined)
+})
 
 t.test('a flood of answers with thousands of addresses, then a tighter policy', async (t) => {
   await using space = await createNamespaces()
