@@ -40,7 +40,15 @@ export async function listenAdmin({ host, port }: { host: string; port: number }
   const routes = routeTable(deps)
   const { connections, fromInside, ...times } = limits
   const insiders = new WeakSet<Socket>()
+  const served = new WeakSet<Socket>()
   const server: Server = createServer({ ...times, maxHeaderSize: 16_384 }, (request, response) => {
+    const { socket } = request
+    if (insiders.has(socket)) {
+      // One request a connection: 2,600 fit into what is read at once, and each takes kilobytes until all before it are answered.
+      if (served.has(socket)) return void socket.destroy()
+      served.add(socket)
+      response.setHeader('connection', 'close')
+    }
     void respond(request, routes, deps, insiders).then(({ status, body, headers = {} }) => {
       if (response.destroyed) return
       response.writeHead(status, { 'content-length': Buffer.byteLength(body), ...headers })

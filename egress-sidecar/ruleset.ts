@@ -48,9 +48,12 @@ export type HeldPorts = { readonly [family in '4' | '6']: readonly number[] }
 export type DohBlock = { readonly everywhere: boolean; readonly addresses: readonly string[] }
 
 export const dnsPort = 15353
-/** New connections to the policy API from inside, and what they may say: requests in a row on one connection cost as much as connections. */
+/**
+ * New connections to the policy API from inside, and what they may say: requests in a row on one connection cost as much as connections. A request
+ * may be as short as 25 bytes and takes some kilobytes of memory until it is answered, so what may come at once is little.
+ */
 const knocks = { perSecond: 100, burst: 64 } as const
-const talk = { kilobytesPerSecond: 512, burst: 1500 } as const
+const talk = { kilobytesPerSecond: 256, burst: 128 } as const
 /** Seconds. Leases of learned addresses are TTL + 60 within these bounds; a packet to the address renews to the longest. */
 export const lease = { least: 60, most: 360, grace: 60 } as const
 

@@ -220,6 +220,18 @@ t.test('looking in', async (t) => {
   for (const path of ['/policy/effective', '/metrics', '/readyz']) t.equal((await closed.call('GET', path)).status, 401, path)
 })
 
+t.test('one request for each connection from inside', async (t) => {
+  const { port } = await setUp(t)
+  const speak = (text: string): Promise<number> => new Promise((resolve) => {
+    let heard = ''
+    const socket = connect(port, '127.0.0.1', () => socket.write(text))
+    socket.setEncoding('utf8').on('data', (part: string) => (heard += part)).on('close', () => resolve(heard.match(/HTTP\/1\.1 /g)?.length ?? 0)).on('error', () => undefined)
+  })
+  const request = 'GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n'
+  t.equal(await speak(request), 1, 'it is answered, and the connection ends')
+  t.ok((await speak(request.repeat(2000))) <= 1, 'whoever asks for more in a row is cut off')
+})
+
 t.test('not ready yet', async (t) => {
   const { call } = await setUp(t, { unready: () => 'not ready', keeper: () => null })
   t.same(await call('GET', '/healthz').then(({ status, text }) => [status, text]), [503, 'not ready\n'])
