@@ -161,7 +161,7 @@ export function readAnswer(message: Buffer, question: Question): Answer | null {
     const rdata = at + 10
     if (rdata + length > message.length) return null
     const ttl = rawTtl > 0x7fffffff ? 0 : rawTtl
-    // Not every stub looks at the class.
+    // Not every client's library looks at the class.
     if (!isIn && leadsElsewhere.has(type)) foreign = true
     if (isIn && type === recordTypes.cname) {
       const target = readName(message, rdata, names)

@@ -8,7 +8,7 @@ import { readLogSkip } from '../../egress-sidecar/always-files.ts'
 import type { Outcome } from '../../egress-sidecar/answer.ts'
 import { createLog } from '../../egress-sidecar/log.ts'
 import { createMetrics } from '../../egress-sidecar/metrics.ts'
-import { root } from '../support/program.ts'
+import { eventually, root } from '../support/program.ts'
 
 type Line = Record<string, unknown>
 
@@ -129,7 +129,7 @@ t.test('what was left out is told a second later when nobody asks any more, and 
   const log = createLog({ level: 'info', outputs: [file], sandboxId: '', attributes: new Map() })
   for (let i = 0; i < 107; i++) log.outcome(outcome)
   t.same(dropped(), [])
-  await new Promise((resolve) => setTimeout(resolve, 1100))
+  await eventually('told', async () => (dropped().length > 0 ? true : undefined))
   t.same(dropped(), [7])
   for (let i = 0; i < 103; i++) log.outcome(outcome)
   log.flush()
