@@ -53,7 +53,7 @@ const distrustMs = 30_000
 const probeMs = 2000
 /** Questions within it came together. */
 const togetherMs = 1
-/** Before the next upstream is asked; clients' resolvers wait 5 s for everything together. */
+/** Before the next upstream is asked, or the last one once more; clients' resolvers wait 5 s for everything together. */
 const patienceMs = 1200
 /** Bytes of a datagram that every client takes. RFC 1035 4.2.1 */
 const anyClientTakes = 512
@@ -68,8 +68,8 @@ class Pending {
   /** How many of them were asked. */
   tried = 0
   readonly deadline: number
-  /** When the current upstream is given up. */
-  giveUp = 0
+  /** When the current upstream is given up, or asked once more. */
+  waitUntil = 0
   /** How the letters of `query` differ from what the asker wrote: `mixCase`. */
   mask = 0
   /** Kept when no other upstream has a better one: its SERVFAIL or REFUSED. */
@@ -197,17 +197,20 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
 
   function send(pending: Pending, time: number): void {
     const state = pending.order[pending.tried++] as UpstreamState
-    pending.giveUp = pending.tried === pending.order.length ? pending.deadline : Math.min(pending.deadline, time + patienceMs)
+    pending.waitUntil = Math.min(pending.deadline, time + patienceMs)
     const channel = channelOf(state, time)
     const id = channel.pending.add(pending)
     if (id === -1) return settle(pending, pending.failure)
     pending.query.writeUInt16BE(id, 0)
     mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
-    // Hearing of each datagram costs a tick of its own. An upstream that cannot be reached is heard of by the connected socket's error, at the latest by time.
-    const { upstream, failures } = state
-    if (connected) failures === 0 ? channel.socket.send(pending.query) : channel.socket.send(pending.query, channel.sent)
-    else channel.socket.send(pending.query, upstream.port, upstream.address, failures === 0 ? undefined : channel.sent)
+    transmit(state, channel, pending.query)
     sweeper ??= setInterval(sweep, sweepMs)
+  }
+
+  /** Hearing of each datagram costs a tick of its own. An upstream that cannot be reached is heard of by the connected socket's error, at the latest by time. */
+  function transmit({ upstream, failures }: UpstreamState, { socket, sent }: Channel, query: Buffer): void {
+    if (connected) failures === 0 ? socket.send(query) : socket.send(query, sent)
+    else socket.send(query, upstream.port, upstream.address, failures === 0 ? undefined : sent)
   }
 
   /**
@@ -275,7 +278,14 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       return
     }
     const time = now()
-    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending.all()) if (pending.giveUp <= time) fail(state, channel, id, pending)
+    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending.all()) if (pending.waitUntil <= time) overdue(state, channel, id, pending, time)
+  }
+
+  /** The last upstream gets the same datagram once more, for the first may be lost, and the rest of the time: an answer to either counts. */
+  function overdue(state: UpstreamState, channel: Channel, id: number, pending: Pending, time: number): void {
+    if (pending.tried < pending.order.length || time >= pending.deadline) return fail(state, channel, id, pending)
+    transmit(state, channel, pending.query)
+    pending.waitUntil = pending.deadline
   }
 
   function inOrder(time: number): readonly UpstreamState[] {

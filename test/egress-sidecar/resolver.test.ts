@@ -229,6 +229,24 @@ t.test('failover', async (t) => {
   t.equal(rcodeOf(both as Buffer), 2, 'all fail: the first one\'s refusal')
 })
 
+t.test('a datagram that is lost is sent once more, the same: an answer to either counts', async (t) => {
+  const got: Buffer[] = []
+  const loses = await upstream(t, (asked, send) => {
+    if (got.push(asked) === 2) send(answer(asked))
+  })
+  t.equal((await askOnce(await resolverOf(t, [loses], 5000), query(), end, 'udp'))?.readUInt16BE(6), 1, 'a lone upstream, before its client gives up')
+  t.same(got[0], got[1], 'a forger has one id and one spelling to guess, as before')
+
+  const slow = await upstream(t, (asked, send) => void (slow.asked === 1 && setTimeout(() => send(answer(asked)), 1800)))
+  t.equal((await askOnce(await resolverOf(t, [slow], 5000), query(), end, 'udp'))?.readUInt16BE(6), 1, 'the answer to the first comes late')
+  t.equal(slow.asked, 2)
+
+  const silent = await upstream(t, () => undefined)
+  const last = await upstream(t, (asked, send) => void (last.asked === 2 && send(answer(asked))))
+  t.equal((await askOnce(await resolverOf(t, [silent, last], 5000), query(), end, 'udp'))?.readUInt16BE(6), 1, 'the last of several')
+  t.same([silent.asked, last.asked], [1, 2])
+})
+
 t.test('nobody answers: null in time, and a silent upstream is asked last from then on', async (t) => {
   const silent = await upstream(t, () => undefined)
   const resolver = await resolverOf(t, [silent], 300)
