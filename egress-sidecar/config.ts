@@ -22,6 +22,7 @@ const ConfigSchema = Type.Object({
   upstreamTimeoutSeconds: Type.Integer({ default: 5, minimum: 1, maximum: 120 }),
   probeSeconds: Type.Integer({ default: 30, minimum: 1, maximum: 3600, description: 'between two probes of the upstreams' }),
   blockDoh: Type.Boolean({ default: false, description: 'refuse port 443 of the DoH block list, or everywhere when the list is empty' }),
+  randomCase: Type.Boolean({ default: true, description: 'names are asked for in a random case (0x20)' }),
   exemption: Type.Union([Type.Literal('auto'), Type.Literal('cgroup'), Type.Literal('ports')], { default: 'auto', description: "how the kernel knows the sidecar's own packets" }),
 })
 
@@ -81,6 +82,7 @@ export function readConfig(env: Environment, resolvConf = '/etc/resolv.conf'): C
     ...given('upstreamTimeoutSeconds', lenient('DNS_UPSTREAM_TIMEOUT', integerOf(1, 120))),
     ...given('probeSeconds', lenient('DNS_UPSTREAM_PROBE_INTERVAL_SEC', integerOf(1, 3600))),
     ...given('blockDoh', lenient('BLOCK_DOH_443', switchOf)),
+    ...(text('DNS_RANDOM_CASE').trim() === '' ? {} : given('randomCase', lenient('DNS_RANDOM_CASE', switchOf))),
     ...given('exemption', text('EXEMPTION').trim().toLowerCase()),
   }
   const base = keep(() => checkConfig(ConfigSchema, raw), checkConfig(ConfigSchema, {}))

@@ -44,8 +44,10 @@ export class PendingTable<T> {
     return this.#ids[place] === id ? (this.#entries[place] as T | null) : null
   }
 
-  delete(id: number): void {
-    this.#entries[id % places] = null
+  /** Whatever waits there by now instead of it stays. */
+  delete(id: number, entry: T): void {
+    const place = id % places
+    if (this.#ids[place] === id && this.#entries[place] === entry) this.#entries[place] = null
   }
 
   /** A copy of all that wait now, with their ids. */

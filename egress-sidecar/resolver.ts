@@ -6,16 +6,15 @@
  * from a server that does not keep it: TCP, where nobody can guess, tells which. Truncated answers are asked for again over TCP for clients that can
  * take them.
  */
-import { createSocket, type RemoteInfo, type Socket } from 'node:dgram'
+import type { Socket } from 'node:dgram'
 import { once } from 'node:events'
-import { canonicalAddress } from '#policies/address.ts'
 import type { Done, Resolver, Transport } from './answer.ts'
-import { noLookup } from './listen.ts'
 import { echoOf, mixCase, mixOwners, refusesUnread } from './echo.ts'
 import { isTruncated, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
 import type { HeldPorts, Upstream } from './ruleset.ts'
 import { askTcp } from './resolver-tcp.ts'
+import { connectSocket, isFrom, openSocket, proveRoute, typeOf } from './resolver-udp.ts'
 
 export type ResolverOptions = {
   readonly upstreams: readonly Upstream[]
@@ -23,6 +22,10 @@ export type ResolverOptions = {
   readonly timeoutMs: number
   /** Off where the firewall lets only the UDP sockets out. */
   readonly tcp: () => boolean
+  /** Told when an upstream does not keep the case of a question, and nothing comes from it over TCP: its answers are not used. */
+  readonly unproven?: (upstream: Upstream) => void
+  /** Whether names go out in a random case; on unless told. */
+  readonly randomCase?: boolean
 }
 
 export type UdpResolver = Resolver & {
@@ -58,6 +61,8 @@ const patienceMs = 1200
 /** Bytes of a datagram that every client takes. RFC 1035 4.2.1 */
 const anyClientTakes = 512
 
+const none: readonly never[] = []
+
 class Pending {
   readonly query: Buffer
   readonly questionEnd: number
@@ -67,6 +72,12 @@ class Pending {
   readonly order: readonly UpstreamState[]
   /** How many of them were asked. */
   tried = 0
+  /** Where the last of them answers, under which id; null when nothing can come from it any more. */
+  channel: Channel | null = null
+  id = -1
+  /** The same of those before, that were too slow: their answer is as good. */
+  earlier: readonly Way[] = none
+  settled = false
   readonly deadline: number
   /** When the current upstream is given up, or asked once more. */
   waitUntil = 0
@@ -84,6 +95,8 @@ class Pending {
     this.deadline = deadline
   }
 }
+
+type Way = { readonly channel: Channel; readonly id: number }
 
 type Channel = { readonly socket: Socket; readonly pending: PendingTable<Pending>; readonly sent: (error: Error | null) => void }
 
@@ -103,7 +116,7 @@ type UpstreamState = {
 }
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
-export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOptions, now: () => number): Promise<UdpResolver> {
+export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () => undefined, randomCase = true }: ResolverOptions, now: () => number): Promise<UdpResolver> {
   const states: UpstreamState[] = []
   const unroutable: string[] = []
   let pendingCount = 0
@@ -113,7 +126,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
   let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: true, proof: null }
+    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: randomCase, proof: null }
     try {
       await proveRoute(upstream)
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
@@ -130,7 +143,12 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const pending = new PendingTable<Pending>()
     // The upstream's port is closed, or the way there is: do not wait for what cannot come.
     const failAll = (): void => {
-      for (const [id, waiting] of pending.all()) fail(state, channel, id, waiting)
+      for (const [id, waiting] of pending.all()) {
+        distrust(state)
+        channel.pending.delete(id, waiting)
+        forget(channel, waiting)
+        next(waiting)
+      }
     }
     const channel: Channel = { socket, pending, sent: (error) => void (error !== null && failAll()) }
     const listening = once(socket, 'listening')
@@ -150,36 +168,46 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     if (pending === null) return
     const echo = echoOf(reply, pending.query, pending.questionEnd)
     if (echo === 'none' && !refusesUnread(reply)) return
-    channel.pending.delete(id)
+    channel.pending.delete(id, pending)
+    if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, channel, pending, reply)
+    forget(channel, pending)
     if (echo === 'none') return take(pending, reply)
-    if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, pending, reply)
     if (echo === 'exact') restoreCase(reply, pending)
     state.failures = 0
     take(pending, reply)
   }
 
-  /**
-   * The same upstream over TCP, one question at a time: all that a server which does not keep the case answered meanwhile needs no proof of its own.
-   * An upstream that says it has no TCP is taken at its word, without the case, as by everybody else. Where nothing comes, what came before is not
-   * believed: root in the sandbox can see to it that our TCP gets nowhere.
-   */
-  async function askProof(state: UpstreamState, pending: Pending, folded: Buffer): Promise<void> {
+  /** One question at a time: all that a server which does not keep the case answered meanwhile needs no proof of its own. */
+  async function askProof(state: UpstreamState, channel: Channel, pending: Pending, folded: Buffer): Promise<void> {
     while (state.proof !== null) await state.proof
-    if (!state.keepsCase) return take(pending, folded)
+    const proven = await prove(state, pending, folded)
+    if (pending.settled) return
+    forget(channel, pending)
+    if (proven === null) next(pending)
+    else take(pending, proven)
+  }
+
+  /**
+   * The same upstream over TCP. One that says it has no TCP is taken at its word, without the case, as by everybody else. Where nothing comes, what
+   * came before is not believed: root in the sandbox can see to it that our TCP gets nowhere.
+   */
+  async function prove(state: UpstreamState, pending: Pending, folded: Buffer): Promise<Buffer | null> {
+    if (!state.keepsCase) return folded
     const { query, questionEnd } = pending
     const left = Math.min(patienceMs, pending.deadline - now())
-    if (closed || left <= 0) return next(pending)
+    if (pending.settled || left <= 0) return null
     const asked = askTcp(query, questionEnd, state.upstream, left)
     state.proof = asked
     const reply = await asked
     state.proof = null
-    if (reply === null) return next(pending)
+    if (reply === null) unproven(state.upstream)
+    if (reply === null || pending.settled) return null
     const echo = reply === 'refused' ? 'none' : echoOf(reply, query, questionEnd)
     if (echo !== 'exact') state.keepsCase = false
-    if (reply === 'refused') return take(pending, folded)
+    if (reply === 'refused') return folded
     if (echo === 'exact') restoreCase(reply, pending)
     if (pending.transport === 'udp' && reply.length > anyClientTakes) reply[2] = (reply[2] as number) | 2
-    take(pending, reply)
+    return reply
   }
 
   /** As the asker wrote it, also where it stands once more in front of the records: programs show that name to people. */
@@ -201,8 +229,11 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     const channel = channelOf(state, time)
     const id = channel.pending.add(pending)
     if (id === -1) return settle(pending, pending.failure)
+    pending.channel = channel
+    pending.id = id
     pending.query.writeUInt16BE(id, 0)
-    mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
+    // The same for all that are asked: an answer of the first is compared with it, also when others were asked since.
+    if (pending.tried === 1) mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
     transmit(state, channel, pending.query)
     sweeper ??= setInterval(sweep, sweepMs)
   }
@@ -231,19 +262,30 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
     pending.mask = mask
   }
 
-  function fail(state: UpstreamState, channel: Channel, id: number, pending: Pending): void {
+  function distrust(state: UpstreamState): void {
     if (++state.failures >= failuresToDistrust) state.distrustedUntil = now() + distrustMs
-    channel.pending.delete(id)
-    next(pending)
   }
 
+  /** Nothing more is awaited from there. */
+  function forget(channel: Channel, pending: Pending): void {
+    if (pending.channel === channel) pending.channel = null
+    else pending.earlier = pending.earlier.filter((way) => way.channel !== channel)
+  }
+
+  /** Asks the next one, unless the last one asked may still answer; when all were asked, those that were slow have the time that is left. */
   function next(pending: Pending): void {
+    if (pending.channel !== null) return
     const time = now()
-    if (closed || pending.tried === pending.order.length || time >= pending.deadline) settle(pending, pending.failure)
-    else send(pending, time)
+    if (closed || time >= pending.deadline) settle(pending, pending.failure)
+    else if (pending.tried < pending.order.length) send(pending, time)
+    else if (pending.failure !== null || pending.earlier.length === 0) settle(pending, pending.failure)
   }
 
   function settle(pending: Pending, reply: Buffer | null): void {
+    if (pending.settled) return
+    pending.settled = true
+    if (pending.channel !== null) pending.channel.pending.delete(pending.id, pending)
+    for (const { channel, id } of pending.earlier) channel.pending.delete(id, pending)
     mixAgain(pending, 0)
     if (reply !== null && isTruncated(reply) && pending.transport === 'tcp' && tcp()) void askWhole(pending).then((whole) => finish(pending, whole))
     else finish(pending, reply)
@@ -278,14 +320,25 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       return
     }
     const time = now()
-    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending.all()) if (pending.waitUntil <= time) overdue(state, channel, id, pending, time)
+    for (const state of states) for (const channel of state.channels) for (const [id, pending] of channel.pending.all()) overdue(state, channel, id, pending, time)
   }
 
-  /** The last upstream gets the same datagram once more, for the first may be lost, and the rest of the time: an answer to either counts. */
+  /** The last upstream gets the same datagram once more, for the first may be lost: an answer to either counts. */
   function overdue(state: UpstreamState, channel: Channel, id: number, pending: Pending, time: number): void {
-    if (pending.tried < pending.order.length || time >= pending.deadline) return fail(state, channel, id, pending)
-    transmit(state, channel, pending.query)
-    pending.waitUntil = pending.deadline
+    const current = pending.channel === channel
+    if (time >= pending.deadline) {
+      if (current) distrust(state)
+      return settle(pending, pending.failure)
+    }
+    if (!current || time < pending.waitUntil) return
+    if (pending.tried === pending.order.length) {
+      pending.waitUntil = pending.deadline
+      return transmit(state, channel, pending.query)
+    }
+    distrust(state)
+    pending.earlier = [...pending.earlier, { channel, id }]
+    pending.channel = null
+    next(pending)
   }
 
   function inOrder(time: number): readonly UpstreamState[] {
@@ -340,33 +393,4 @@ export async function createResolver({ upstreams, timeoutMs, tcp }: ResolverOpti
       }
     },
   }
-}
-
-function typeOf({ address }: Upstream): 'udp4' | 'udp6' {
-  return address.includes(':') ? 'udp6' : 'udp4'
-}
-
-function openSocket(upstream: Upstream): Socket {
-  return createSocket({ type: typeOf(upstream), lookup: noLookup })
-}
-
-/** @throws when no route leads there */
-function connectSocket(socket: Socket, { address, port }: Upstream): Promise<void> {
-  return new Promise((resolve, reject) => {
-    // With a callback, an error goes there and nowhere else; @types/node does not know.
-    socket.connect(port, address, ((error?: Error) => (error === undefined ? resolve() : reject(error))) as () => void)
-  })
-}
-
-async function proveRoute(upstream: Upstream): Promise<void> {
-  const socket = openSocket(upstream)
-  try {
-    await connectSocket(socket, upstream)
-  } finally {
-    socket.close()
-  }
-}
-
-function isFrom({ address, port }: Upstream, from: RemoteInfo): boolean {
-  return from.port === port && canonicalAddress(from.address) === address
 }

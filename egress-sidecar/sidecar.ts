@@ -108,7 +108,10 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     // 3. our own way to the resolvers
     const now = (): number => performance.now()
     let tcpIsExempt = false
-    const asking = (resolver = await createResolver({ upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt }, now))
+    const asking = (resolver = await createResolver({
+      upstreams: config.upstreams, timeoutMs: config.upstreamTimeoutSeconds * 1000, tcp: () => tcpIsExempt, randomCase: config.randomCase,
+      unproven: ({ address }) => log.limited('egress.upstream_case', `upstream ${address} does not keep the case of names and gives no answer over TCP: its answers are not used (OPENSANDBOX_EGRESS_DNS_RANDOM_CASE=off would use them)`),
+    }, now))
     const exemption: ChosenExemption = await chooseExemption(config.exemption, { nft: kernel, self: readSelf, appendIptables, inContainer: await inContainer(), ipv6: config.upstreams.some(({ address }) => address.includes(':')) || (ipv6 && config.denyWebhook !== null), towards: exemptPlaces(config) })
     tcpIsExempt = exemption.protocols.includes('tcp')
     // Where source ports are all there is, nobody else may have them on any address.

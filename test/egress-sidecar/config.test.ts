@@ -33,13 +33,14 @@ t.test('numbers and switches are as lenient as the original', async (t) => {
   for (const [text, want] of [['7', 7], ['1', 1], ['0', 5], ['-3', 5], ['x', 5], ['120', 120], ['121', 120], ['999', 120]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_UPSTREAM_TIMEOUT: text }).upstreamTimeoutSeconds, want, text)
   for (const text of ['1', 'TRUE', ' yes ', 'y', 'on']) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_BLOCK_DOH_443: text }).blockDoh, true, text)
   for (const text of ['', '0', 'no', 'enabled']) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_BLOCK_DOH_443: text }).blockDoh, false, text)
+  for (const [text, want] of [['', true], ['  ', true], ['on', true], ['off', false], [' No ', false], ['maybe', true]] as const) t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_DNS_RANDOM_CASE: text }).randomCase, want, text)
   t.same(readConfig({ ...dns, OPENSANDBOX_EGRESS_NAMESERVER_EXEMPT: '198.51.100.1, 10.0.0.0/8, x, 198.51.100.1,2001:db8:0::1' }).openResolvers, ['198.51.100.1', '2001:db8::1'])
   t.equal(readConfig({ ...dns, OPENSANDBOX_EGRESS_TOKEN: ' a b ' }).token, ' a b ', 'a token is used as it is')
 })
 
 t.test('what is passed over is told', async (t) => {
   const of = (env: Record<string, string>): string[] => readConfig({ ...dns, ...Object.fromEntries(Object.entries(env).map(([name, value]) => [`OPENSANDBOX_EGRESS_${name}`, value])) }).ignored.map(({ path, reason }) => `${path.replace('OPENSANDBOX_EGRESS_', '')}: ${reason}`)
-  for (const [name, value] of [['MAX_RULES', 'many'], ['LOG_LEVEL', 'verbose'], ['DNS_UPSTREAM_TIMEOUT', '0'], ['DNS_UPSTREAM_PROBE_INTERVAL_SEC', '1.5'], ['BLOCK_DOH_443', 'enabled']] as const) {
+  for (const [name, value] of [['MAX_RULES', 'many'], ['LOG_LEVEL', 'verbose'], ['DNS_UPSTREAM_TIMEOUT', '0'], ['DNS_UPSTREAM_PROBE_INTERVAL_SEC', '1.5'], ['BLOCK_DOH_443', 'enabled'], ['DNS_RANDOM_CASE', 'maybe']] as const) {
     t.same(of({ [name]: value }), [`${name}: "${value}" is not understood: the default holds`])
   }
   t.same(of({ DOH_BLOCKLIST: '8.8.8.8,1.1.1.300, dns.example', NAMESERVER_EXEMPT: '10.0.0.0/8, 198.51.100.1' }), ['NAMESERVER_EXEMPT: "10.0.0.0/8" is no address: left out', 'DOH_BLOCKLIST: "1.1.1.300" is no address: left out', 'DOH_BLOCKLIST: "dns.example" is no address: left out'])
