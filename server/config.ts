@@ -64,7 +64,7 @@ const EgressSchema = Type.Object({
   cpus: Type.Number({ minimum: 0, default: 1, description: 'processors a sidecar may take, however many questions its sandbox asks; 0 means no limit' }),
   memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar; its heap may take 128 MiB of it' }),
   pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
-  probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node' }),
+  probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node, not with `secure_runtime.type`' }),
   ready_seconds: Type.Number({ minimum: 1, maximum: 300, default: 30, description: 'how long a sidecar may take to have its rules in the kernel' }),
 }, table)
 
@@ -246,6 +246,10 @@ function crossCheck(config: Config, mode: Config['ingress']['mode'] | null): Pro
   }
   if (docker.network_mode.toLowerCase() === 'host' || docker.network_mode === 'none' || docker.network_mode.startsWith('container:')) {
     problems.push({ path: 'docker.network_mode', reason: `"${docker.network_mode}" gives a sandbox no network namespace that could be guarded; use "bridge" or the name of a network` })
+  }
+  // Whether rules hold a sandbox under such a runtime only the proof tells.
+  if (config.secureRuntime !== null && egress.image !== undefined && egress.probe === 'off') {
+    problems.push({ path: 'egress.probe', reason: 'must be "on" with secure_runtime.type: without the proof a policy might hold nothing back. Sandboxes without a policy need no egress.image' })
   }
   const processors = cpus().length
   if (processors > 0 && egress.cpus > processors) problems.push({ path: 'egress.cpus', reason: `is more than the ${processors} processors of this machine` })

@@ -37,6 +37,7 @@ t.test('refused', async (t) => {
     ['a runtime without its type', `${key}[secure_runtime]\ndocker_runtime = "runsc"`, [/^secure_runtime\.docker_runtime: only goes with/]],
     ['a runtime that Docker cannot use', `${key}[secure_runtime]\ntype = "firecracker"`, [/^secure_runtime\.type: must be one of/]],
     ['a runtime that is a path', `${key}[secure_runtime]\ntype = "kata"\ndocker_runtime = "../runc"`, [/^secure_runtime\.docker_runtime/]],
+    ['a runtime whose sandboxes nobody proved to be held', `${key}[egress]\nimage = "egress:1"\nprobe = "off"\n[secure_runtime]\ntype = "kata"`, [/^egress\.probe: must be "on" with secure_runtime\.type/]],
     ['a key file that is missing', '[server]\napi_key_file = "/no/such/file"', [/^server\.api_key_file: cannot be read: ENOENT/, /^server\.api_key/]],
     ['no TOML', '[server', [/is not TOML: line/]],
     ['a level nobody knows', `${key}[log]\nlevel = "LOUD"`, [/^log\.level: must be one of DEBUG, INFO/]],
@@ -85,6 +86,8 @@ t.test('accepted', async (t) => {
     ['levels in any case', '[log]\nlevel = "Warning"'],
     ['images with a registry, a tag, a digest', `[egress]\nimage = "Registry.Example:5000/a/b_c:v1.0@sha256:${'a'.repeat(64)}"`],
     ['no AppArmor profile', '[docker]\napparmor_profile = ""'],
+    ['no proof, under a runtime where no policy is taken', '[egress]\nprobe = "off"\n[secure_runtime]\ntype = "kata"'],
+    ['no proof, under the runtime the engine chooses', '[egress]\nimage = "egress:1"\nprobe = "off"'],
     ['capabilities with their prefix', '[docker]\ndrop_capabilities = ["CAP_SYS_ADMIN", "all"]'],
   ]
   for (const [why, toml] of values) t.same(problemsOf(`[server]\napi_key = "k"\n${toml}`), [], why)
