@@ -59,7 +59,7 @@ export class SidecarClient {
     try {
       const signal = AbortSignal.any([stop, AbortSignal.timeout(changeTimeout)])
       const change = await this.#ask(address, token, 'POST', '/policy', JSON.stringify(policy), signal)
-      if (change.status !== 200) throw new Error(`status ${change.status}: ${change.text.trim().slice(0, 300)}`)
+      if (change.status !== 200) throw new Error(`status ${change.status}: ${shortened(change.text)}`)
       const now = await this.#ask(address, token, 'GET', '/policy', null, signal)
       if (now.status !== 200 || !samePolicy((JSON.parse(now.text) as PolicyAnswer).policy, policy)) throw new Error('it reads back another policy')
     } catch (error) {
@@ -69,17 +69,20 @@ export class SidecarClient {
   }
 
   readonly policy: AskPolicy = async (address, token, rules) => {
+    // A change that was sent may still happen when nobody waits for it any more: a sidecar that is paused reads it later.
+    let outcome = rules === null ? '' : ' The change may or may not have been made, or may still be: read the policy.'
     try {
       const signal = AbortSignal.timeout(changeTimeout)
-      const change = rules === null ? null : await this.#ask(address, token, 'PATCH', '/policy', JSON.stringify(rules), signal)
-      if (change !== null && (change.status === 400 || change.status === 413)) throw new ApiError('SANDBOX::INVALID_PARAMETER', `The sidecar refuses the rules: ${change.text.trim().slice(0, 300)}`)
-      if (change !== null && change.status !== 200) throw new Error(`status ${change.status}`)
+      if (rules !== null) {
+        refuseUnless200(await this.#ask(address, token, 'PATCH', '/policy', JSON.stringify(rules), signal))
+        outcome = ' The change was made, but could not be read back.'
+      }
       const now = await this.#ask(address, token, 'GET', '/policy', null, signal)
-      if (now.status !== 200) throw new Error(`status ${now.status}`)
+      if (now.status !== 200) throw new Error(`status ${now.status}: ${shortened(now.text)}`)
       return JSON.parse(now.text) as PolicyAnswer
     } catch (error) {
       if (error instanceof ApiError) throw error
-      throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', 'The egress sidecar of this sandbox did not answer.', { cause: error })
+      throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', `The egress sidecar of this sandbox did not answer.${outcome}`, { cause: error })
     }
   }
 
@@ -91,6 +94,17 @@ export class SidecarClient {
     const answer = await request(`http://${address}:${this.#port}${path}`, { dispatcher: this.#agent, method, body, headers: { [headerNames.egressAuth]: token, ...(body === null ? {} : { 'content-type': 'application/json' }) }, signal })
     return { status: answer.statusCode, text: await answer.body.text() }
   }
+}
+
+/** Of a change. @throws ApiError with the sidecar's own words: it knows best what became of it */
+function refuseUnless200({ status, text }: { status: number; text: string }): void {
+  if (status === 200) return
+  if (status === 400 || status === 413) throw new ApiError('SANDBOX::INVALID_PARAMETER', `The sidecar refuses the rules: ${shortened(text)}`)
+  throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', `The egress sidecar of this sandbox could not make the change (status ${status}): ${shortened(text)}. Read the policy to see what holds.`)
+}
+
+function shortened(text: string): string {
+  return text.trim().slice(0, 300)
 }
 
 /** Names are the same in any case; sidecars may write them in lower case. */
