@@ -10,9 +10,15 @@ import { ApiError } from './api-error.ts'
  * @param late a policy too large to start with: handed over as soon as the sidecar denies everything, and read back
  */
 export type ConfirmRules = (address: string, token: string, late: NetworkPolicy | null, signal: AbortSignal) => Promise<void>
-/** `rules` null: only read. @returns the policy as the sidecar enforces it now */
+/** `rules` null: only read. @returns what the sidecar enforces now, which was started with the configuration of its day */
 export type AskPolicy = (address: string, token: string, rules: readonly NetworkRule[] | null) => Promise<PolicyAnswer>
-export type PolicyAnswer = { readonly mode: string; readonly enforcementMode: string; readonly policy: { readonly defaultAction: string; readonly egress: readonly NetworkRule[] } }
+export type PolicyAnswer = {
+  readonly mode: string
+  readonly enforcementMode: string
+  readonly policy: { readonly defaultAction: string; readonly egress: readonly NetworkRule[] }
+  /** Addresses that no rule opens. */
+  readonly floor: readonly string[]
+}
 
 const askPause = 15
 const askTimeout = 1000
@@ -77,9 +83,9 @@ export class SidecarClient {
         refuseUnless200(await this.#ask(address, token, 'PATCH', '/policy', JSON.stringify(rules), signal))
         outcome = ' The change was made, but could not be read back.'
       }
-      const now = await this.#ask(address, token, 'GET', '/policy', null, signal)
+      const [now, effective] = await Promise.all([this.#ask(address, token, 'GET', '/policy', null, signal), this.#ask(address, token, 'GET', '/policy/effective', null, signal)])
       if (now.status !== 200) throw new Error(`status ${now.status}: ${shortened(now.text)}`)
-      return JSON.parse(now.text) as PolicyAnswer
+      return { ...(JSON.parse(now.text) as Omit<PolicyAnswer, 'floor'>), floor: readFloor(effective) }
     } catch (error) {
       if (error instanceof ApiError) throw error
       throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', `The egress sidecar of this sandbox did not answer.${outcome}`, { cause: error })
@@ -101,6 +107,13 @@ function refuseUnless200({ status, text }: { status: number; text: string }): vo
   if (status === 200) return
   if (status === 400 || status === 413) throw new ApiError('SANDBOX::INVALID_PARAMETER', `The sidecar refuses the rules: ${shortened(text)}`)
   throw new ApiError('SANDBOX::EGRESS_UNAVAILABLE', `The egress sidecar of this sandbox could not make the change (status ${status}): ${shortened(text)}. Read the policy to see what holds.`)
+}
+
+/** Sidecars without this route, as the original's, have no floor. */
+function readFloor({ status, text }: { status: number; text: string }): readonly string[] {
+  if (status === 404) return []
+  if (status !== 200) throw new Error(`status ${status}: ${shortened(text)}`)
+  return (JSON.parse(text) as Pick<PolicyAnswer, 'floor'>).floor
 }
 
 function shortened(text: string): string {

@@ -8,12 +8,13 @@ import { addressOf, statusOf } from '../sandbox-view.ts'
 import type { ServerDeps } from '../server.ts'
 
 type WithId = { Params: { id: string } }
-const openDns = 'egress.mode is "dns": names are checked, direct addresses are open'
+const openDns = 'the sidecar runs in mode "dns": names are checked, direct addresses are open'
 
-export function addNetworkPolicyRoutes(app: FastifyInstance, { groups, config, askPolicy }: ServerDeps): void {
+export function addNetworkPolicyRoutes(app: FastifyInstance, { groups, askPolicy }: ServerDeps): void {
+  /** All of it as the sidecar says: the server's configuration may be another by now than the one it was started with. */
   const answer = async (group: Group, rules: Parameters<typeof askPolicy>[2]): Promise<unknown> => {
-    const { policy, mode, enforcementMode } = await askPolicy(addressOf(group), group.record.egress?.token ?? '', rules)
-    return { policy, mode, enforcementMode, floor: config.docker.host_guard === 'on' ? config.docker.floor : [], ...(config.egress.mode === 'dns' ? { warnings: [openDns] } : {}) }
+    const { policy, mode, enforcementMode, floor } = await askPolicy(addressOf(group), group.record.egress?.token ?? '', rules)
+    return { policy, mode, enforcementMode, floor, ...(enforcementMode === 'dns' ? { warnings: [openDns] } : {}) }
   }
 
   app.get<WithId>('/sandboxes/:id/network-policy', async (request) => answer(guarded(groups.get(request.params.id)), null))

@@ -176,7 +176,7 @@ t.test('the policy of a running sandbox', async (t) => {
   await using bench = new Bench({
     askPolicy: async (address, token, rules) => {
       asked.push([address, token.length, rules])
-      return { mode: 'enforcing', enforcementMode: 'dns+nft', policy: { defaultAction: 'deny', egress: rules ?? [] } }
+      return { mode: 'enforcing', enforcementMode: 'dns+nft', floor: ['169.254.0.0/16'], policy: { defaultAction: 'deny', egress: rules ?? [] } }
     },
   })
   const id = await bench.create(policyBody)
@@ -190,6 +190,22 @@ t.test('the policy of a running sandbox', async (t) => {
   }
   t.match(await bench.call('GET', `/v1/sandboxes/${open}/network-policy`), { status: 409, body: { code: 'SANDBOX::NO_NETWORK_POLICY' } })
   t.equal((await bench.call('GET', '/v1/sandboxes/none/network-policy')).status, 404)
+})
+
+t.test('a sandbox is described as its sidecar enforces it, not as the server is configured now', async (t) => {
+  for (const [mode, floor, configured] of [['dns', ['10.9.0.0/16'], 'dns+nft'], ['dns+nft', [], 'dns']] as const) {
+    await using bench = new Bench({
+      toml: gatewayToml.replace('[egress]', `[egress]\nmode = "${configured}"`),
+      askPolicy: async () => ({ mode: 'enforcing', enforcementMode: mode, floor, policy: { defaultAction: 'deny', egress: [] } }),
+    })
+    const path = `/v1/sandboxes/${await bench.create(policyBody)}/network-policy`
+    for (const answer of [await bench.call('GET', path), await bench.call('PATCH', path, policyBody.networkPolicy.egress)]) {
+      t.match(answer, { status: 200, body: { enforcementMode: mode } })
+      t.same(answer.body.floor, floor)
+      if (mode === 'dns') t.match(answer.body.warnings, [/mode "dns".*direct addresses are open/])
+      else t.equal(answer.body.warnings, undefined)
+    }
+  }
 })
 
 t.test('the route stream', async (t) => {

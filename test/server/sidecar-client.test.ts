@@ -46,3 +46,14 @@ t.test('a change of whose outcome nobody is told', async (t) => {
     await t.rejects(client.policy('127.0.0.1', 'token', changed ? rules : null), { code, message }, why)
   }
 })
+
+t.test('what is enforced, in the words of the sidecar', async (t) => {
+  const policy = { status: 'ok', mode: 'enforcing', enforcementMode: 'dns', policy: { defaultAction: 'deny', egress: rules } }
+  const { client, asked } = await startSidecar(t, { 'PATCH /policy': [200, {}], 'GET /policy': [200, policy], 'GET /policy/effective': [200, { floor: ['10.9.0.0/16'] }] })
+  t.match(await client.policy('127.0.0.1', 'token', rules), { ...policy, floor: ['10.9.0.0/16'] })
+  t.equal(asked[0], 'PATCH /policy', 'changed first, read afterwards')
+  const older = await startSidecar(t, { 'GET /policy': [200, policy] })
+  t.same((await older.client.policy('127.0.0.1', 'token', null)).floor, [], 'one that knows of no floor has none')
+  const broken = await startSidecar(t, { 'GET /policy': [200, policy], 'GET /policy/effective': [503, 'not ready'] })
+  await t.rejects(broken.client.policy('127.0.0.1', 'token', null), { code: 'SANDBOX::EGRESS_UNAVAILABLE' })
+})
