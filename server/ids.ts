@@ -1,13 +1,20 @@
 /** Identifiers and secrets the server makes. */
 import { createHash, randomBytes, randomUUID } from 'node:crypto'
+import { readFileSync } from 'node:fs'
+import { hostname } from 'node:os'
+import { resolve } from 'node:path'
 
 export function newSandboxId(): string {
   return randomUUID()
 }
 
-/** For servers that were given no name of their own. */
-export function newInstance(): string {
-  return randomBytes(8).toString('hex')
+/**
+ * For servers that were given no name of their own: the same again when the store is lost, so that its sandboxes are still ours. Machine and
+ * name of the host: containers of one image may share the first, and two servers on one engine must never be one. A digest, because a
+ * machine id is not to be shown (machine-id(5)).
+ */
+export function defaultInstance(storePath: string, machine: string = machineId(), host: string = hostname()): string {
+  return createHash('sha256').update(JSON.stringify(['sallyport-instance', machine, host, resolve(storePath)])).digest('hex').slice(0, 16)
 }
 
 /** 24 random bytes, URL-safe, 32 characters: the form the original uses for its tokens. */
@@ -25,4 +32,13 @@ export function groupHash(sandboxId: string): string {
 
 export function containerName(sandboxId: string, member: string): string {
   return `sallyport-${groupHash(sandboxId)}-${member}`
+}
+
+/** Empty where there is none, as in most containers. */
+function machineId(): string {
+  try {
+    return readFileSync('/etc/machine-id', 'utf8').trim()
+  } catch {
+    return ''
+  }
 }

@@ -13,10 +13,10 @@ import { Execd } from './execd.ts'
 import { Groups } from './groups.ts'
 import { HostGuard } from './host-guard.ts'
 import { HostPorts } from './host-ports.ts'
-import { newInstance } from './ids.ts'
+import { defaultInstance } from './ids.ts'
 import { Images } from './images.ts'
 import { SandboxNetwork } from './network.ts'
-import { readOldMetadata } from './ownership.ts'
+import { othersOn, readOldMetadata } from './ownership.ts'
 import { RouteStream } from './route-stream.ts'
 import { toRoute } from './sandbox-view.ts'
 import { createServer } from './server.ts'
@@ -34,7 +34,7 @@ const readinessPatience = 2_000
 const config = readConfigOrExit()
 const log = pino({ level: pinoLevel(config.log.level) })
 const store = openOr(() => new Store(config.store.path), 'the store cannot be opened')
-const instance = store.instance(config.docker.instance, newInstance)
+const instance = store.instance(config.docker.instance, () => defaultInstance(config.store.path))
 const engine = new Docker(config.docker.api_timeout * 1000)
 const guard = config.docker.host_guard === 'on' ? new HostGuard() : null
 const network = new SandboxNetwork(config, { engine, guard })
@@ -108,6 +108,10 @@ const address = await server.listen({ host: config.server.host, port: config.ser
 log.info({ event: 'listening', address, instance, isolation: network.isolation, host_guard: guard === null ? 'off' : 'on', upstreams: config.upstreams })
 if (guard === null) log.warn({ event: 'host-guard-off', detail: 'sandboxes reach this host, its published ports and cloud metadata' })
 if (config.apiKey === null) log.warn({ event: 'no-api-key', detail: 'anybody who reaches this port may run code here' })
+// After a store was lost nobody else tells that they are still there. An engine that is away has told so itself.
+void othersOn(engine, instance).then(({ containers, instances }) => {
+  if (containers > 0) log.warn({ event: 'other-instances', containers, instances, detail: "another server's, or, if this one had another docker.instance or store, its own: nobody ends those" })
+}, () => undefined)
 
 for (const signal of ['SIGTERM', 'SIGINT'] as const) process.once(signal, () => void stop(signal))
 

@@ -16,6 +16,9 @@ export type Finder = {
   examine(wanted: readonly string[]): Promise<Found[]>
 }
 
+/** In one log line. */
+const mostNames = 10
+
 export class Ownership {
   readonly #engine: Finder
   readonly #instance: string
@@ -56,6 +59,12 @@ export class Ownership {
     if (!isUnlabelled(container)) return container.labels[labels.instance] === this.#instance
     return known.has(id) ? known.get(id)?.includes(container.containerId) === true : this.#adopt
   }
+}
+
+/** Containers with our labels of instances that are not this one, and a few of their names. */
+export async function othersOn(engine: Pick<Finder, 'list'>, instance: string): Promise<{ containers: number; instances: readonly string[] }> {
+  const names = (await engine.list([labels.instance])).map((container) => container.labels[labels.instance] ?? '').filter((name) => name !== instance)
+  return { containers: names.length, instances: [...new Set(names)].slice(0, mostNames) }
 }
 
 /** Nobody's: no server of ours made it. */

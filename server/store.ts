@@ -42,7 +42,7 @@ export class Store {
     this.#setNote = this.#db.prepare('INSERT INTO meta (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value')
   }
 
-  /** Whose objects these are: the configured name, else one made once. */
+  /** Whose objects these are: the configured name, else the one this store knows, else one that is made and kept. */
   instance(configured: string | undefined, make: () => string): string {
     const known = configured ?? this.note('instance')
     if (known !== null) return known

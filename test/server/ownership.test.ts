@@ -8,7 +8,7 @@ import { mainSpec } from '../../server/container-spec.ts'
 import { readCreateRequest } from '../../server/create-request.ts'
 import type { Found } from '../../server/docker.ts'
 import type { SandboxRecord } from '../../server/group.ts'
-import { readOldMetadata } from '../../server/ownership.ts'
+import { othersOn, readOldMetadata } from '../../server/ownership.ts'
 import { Bench, createBody, gatewayToml, readToml } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
@@ -103,6 +103,15 @@ t.test('nobody passes for a container of a sandbox we made', async (t) => {
   await bench.groups.sweep(true)
   t.equal((await bench.call('DELETE', `/v1/sandboxes/${id}`)).status, 204)
   t.same([...bench.engine.kept.keys()], ['forged'])
+})
+
+t.test("others' containers are counted, and named", async (t) => {
+  const engine = new FakeEngine()
+  putOld(engine)
+  put(engine, 'ours', { [labels.id]: 'ours', [labels.instance]: 'bench' })
+  t.same(await othersOn(engine, 'bench'), { containers: 1, instances: ['another'] }, "neither our own nor nobody's")
+  for (let n = 0; n < 20; n++) put(engine, `lost-${n}`, { [labels.instance]: `lost-${n % 12}` })
+  t.match(await othersOn(engine, 'bench'), { containers: 21, instances: { length: 10 } }, 'not more names than fit into a line')
 })
 
 t.test('metadata that the original keeps in a file', async (t) => {

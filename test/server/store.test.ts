@@ -1,10 +1,13 @@
-import { mkdtempSync, rmSync, statSync } from 'node:fs'
+import { mkdtempSync, rmSync, statSync, writeFileSync } from 'node:fs'
 import { DatabaseSync } from 'node:sqlite'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
+import { request } from 'undici'
 import type { SandboxRecord } from '../../server/group.ts'
+import { defaultInstance } from '../../server/ids.ts'
 import { Store } from '../../server/store.ts'
+import { eventually, freePort, startProgram } from '#test/support/program.ts'
 
 const record: SandboxRecord = {
   id: 'a', phase: 'creating', announced: false, reason: null, message: null, createdAt: 1, changedAt: 1, expiresAt: 2, keepUntil: null, image: 'i', entrypoint: ['x'],
@@ -48,4 +51,33 @@ t.test('a write that fails says so and changes nothing', async (t) => {
   store.put(record)
   store.close()
   t.throws(() => store.put(record), { code: 'SERVER::STORE_FAILED', status: 500 })
+})
+
+t.test('a name for a server that was given none', async (t) => {
+  const name = defaultInstance('/a/store.db', 'machine', 'host')
+  t.match(name, /^[0-9a-f]{16}$/)
+  t.equal(defaultInstance('/a/b/../store.db', 'machine', 'host'), name)
+  t.equal(defaultInstance('a.db', 'machine', 'host'), defaultInstance(join(process.cwd(), 'a.db'), 'machine', 'host'), 'the path is made absolute')
+  const others = [defaultInstance('/b/store.db', 'machine', 'host'), defaultInstance('/a/store.db', 'other', 'host'), defaultInstance('/a/store.db', 'machine', 'other'), defaultInstance('/a/store.db', '', 'machine')]
+  t.equal(new Set([name, ...others]).size, 5, 'another store, machine or host is another server')
+})
+
+t.test('the store is lost: the next server is the same, and one that knew another name keeps it', async (t) => {
+  const folder = mkdtempSync(join(tmpdir(), 'sallyport-store-'))
+  t.teardown(() => rmSync(folder, { recursive: true }))
+  const [file, path, port] = [join(folder, 'config.toml'), join(folder, 'stores', 'a.db'), await freePort()]
+  // Without an engine: only the name counts here.
+  writeFileSync(file, `[server]\nhost = "127.0.0.1"\nport = ${port}\napi_key = "k"\n[docker]\nhost_guard = "off"\n[store]\npath = "${path}"\n`)
+  const nameOf = async (): Promise<string> => {
+    await using server = await startProgram({ args: ['server/main.ts', '--config', file], env: { DOCKER_HOST: `unix://${join(folder, 'none.sock')}` }, seconds: 60, ready: () => request(`http://127.0.0.1:${port}/health`).then(({ body }) => body.dump()).then(() => true) })
+    return eventually('it says its name', async () => /"instance":"([^"]+)"/.exec(server.log())?.[1])
+  }
+  const name = await nameOf()
+  t.match(name, /^[0-9a-f]{16}$/)
+  rmSync(join(folder, 'stores'), { recursive: true })
+  t.equal(await nameOf(), name)
+  const store = new Store(path)
+  store.setNote('instance', 'made-by-an-older-version')
+  store.close()
+  t.equal(await nameOf(), 'made-by-an-older-version')
 })

@@ -36,6 +36,7 @@ for (const shared of [false, true]) {
     await mine.server.stop('SIGKILL')
     await mine.startServer()
     t.same((await mine.api.list()).map(({ id }) => id), [sandboxes.get(mine)!.id], 'a killed server finds its own again')
+    t.match(await eventually('it counts what is not its own', async () => /\{[^\n]*"other-instances"[^\n]*/.exec(mine.server.log())?.[0]), new RegExp(`"containers":[1-9].*"${theirs.instance}"`))
     await sandboxes.get(mine)!.remove()
     t.same(await mine.containers(), [])
     t.equal((await theirs.api.list()).length, 1, "deleting does not touch the other's")
