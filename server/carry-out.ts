@@ -9,6 +9,7 @@ import type { EgressProbe } from './egress-probe.ts'
 import type { Execd } from './execd.ts'
 import { egressMember, mainMember, type Fact, type SandboxRecord } from './group.ts'
 import type { Images } from './images.ts'
+import type { LastWords } from './last-words.ts'
 import { machineProblems, type Machine } from './machine.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
@@ -24,6 +25,7 @@ export type Containers = {
   create(spec: ContainerSpec): Promise<string>
   start(containerId: string): Promise<void>
   address(containerId: string): Promise<string>
+  lastWords(containerId: string): Promise<LastWords>
   remove(containerId: string): Promise<void>
   pause(containerId: string): Promise<void>
   resume(containerId: string): Promise<void>

@@ -198,6 +198,8 @@ function readPolicy(request: Body, config: Config, problems: Problem[]): Network
   if (read.policy.egress.length > most) problems.push({ path: 'networkPolicy.egress', reason: `has ${read.policy.egress.length} rules, more than egress.max_rules = ${most}` })
   else if (Buffer.byteLength(JSON.stringify(read.policy)) > mostPolicyBytes) problems.push({ path: 'networkPolicy', reason: `is longer than ${mostPolicyBytes} bytes` })
   if (config.egress.image === undefined) problems.push({ path: 'networkPolicy', reason: 'egress.image must be configured when networkPolicy is provided.' })
+  // On docker0 the engine puts resolvers of its own choice; elsewhere a sidecar would find Docker's, which asks the sidecar.
+  else if (config.upstreams.length === 0 && !config.docker.default_bridge) problems.push({ path: 'networkPolicy', reason: 'needs egress.dns_upstreams: this host names no resolver that a sandbox could reach.' })
   return read.policy
 }
 

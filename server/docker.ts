@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import Dockerode from 'dockerode'
 import type { ContainerSpec } from './container-spec.ts'
 import { memberOf, type ContainerState, type Fact } from './group.ts'
+import { readLastWords, type LastWords } from './last-words.ts'
 import { archOf, type Machine } from './machine.ts'
 import type { PullLine } from './pull-progress.ts'
 
@@ -27,6 +28,8 @@ export class EngineError extends Error {
 /** What a container writes to its standard output and error, and nobody here reads: the engine keeps this much of it on the host's disk. */
 const containerLog = { Type: 'json-file', Config: { 'max-size': '10m', 'max-file': '2' } }
 
+/** Of what a container wrote. */
+const lastLines = 5
 const removeAttempts = 100
 const removePause = 50
 const pauseAttempts = 6
@@ -76,8 +79,7 @@ export class Docker {
     try {
       const { State, NetworkSettings, Config } = await call(() => this.#docker.getContainer(found.containerId).inspect())
       const state = State.Status as ContainerState
-      const ended = state === 'exited' || state === 'dead'
-      return { ...found, state, command: Config.Cmd ?? [], exitCode: ended ? State.ExitCode : null, startedAt: Date.parse(State.StartedAt), address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
+      return { ...found, state, command: Config.Cmd ?? [], exitCode: hasEnded(state) ? State.ExitCode : null, startedAt: Date.parse(State.StartedAt), address: Object.values(NetworkSettings.Networks)[0]?.IPAddress ?? '' }
     } catch (error) {
       if ((error as EngineError).status === 404) return null
       throw error
@@ -117,6 +119,15 @@ export class Docker {
     return call(async () => {
       const inspected = await this.#docker.getContainer(containerId).inspect()
       return Object.values(inspected.NetworkSettings.Networks)[0]?.IPAddress ?? ''
+    })
+  }
+
+  /** How it is and what it wrote last, for the log of the server. */
+  async lastWords(containerId: string): Promise<LastWords> {
+    return call(async () => {
+      const container = this.#docker.getContainer(containerId)
+      const [{ State }, frames] = await Promise.all([container.inspect(), container.logs({ stdout: true, stderr: true, tail: lastLines })])
+      return { exitCode: hasEnded(State.Status) ? State.ExitCode : null, log: readLastWords(frames) }
     })
   }
 
@@ -231,6 +242,10 @@ export class Docker {
     stream.on('end', end).on('error', end).on('close', end)
     return { close: () => { closed = true; (stream as unknown as { destroy(): void }).destroy() } }
   }
+}
+
+function hasEnded(state: string): boolean {
+  return state === 'exited' || state === 'dead'
 }
 
 /** Foreign errors become EngineError, so that nobody else reads dockerode's. */

@@ -1,5 +1,6 @@
 /** What is done with a sandbox in its turn: made, looked at, brought to an end. Every order of steps comes from `plan.ts`. */
 import { availableParallelism } from 'node:os'
+import { setTimeout as delay } from 'node:timers/promises'
 import { formatProblems } from '#policies/problem.ts'
 import { ApiError } from './api-error.ts'
 import { carryOut, type Containers, type Workshop } from './carry-out.ts'
@@ -7,9 +8,10 @@ import type { Config } from './config.ts'
 import type { CreateRequest } from './create-request.ts'
 import { EngineError, type Found } from './docker.ts'
 import { readRefusal } from './engine-words.ts'
-import { membersOf, type Fact, type HostPorts as Ports } from './group.ts'
+import { egressMember, mainMember, membersOf, type Fact, type HostPorts as Ports } from './group.ts'
 import type { Entry, GroupTable } from './group-table.ts'
 import type { HostPorts } from './host-ports.ts'
+import type { LastWords } from './last-words.ts'
 import type { Ownership } from './ownership.ts'
 import { plan, type Step, type Want } from './plan.ts'
 import { Turns } from './turns.ts'
@@ -31,6 +33,8 @@ const portTaken = /port is already allocated|ports are not available|address alr
 
 /** Sandboxes made at a time: enough to keep an engine busy. */
 const mostBuilds = Math.max(8, 2 * availableParallelism())
+/** ms the engine may take to tell why a sidecar ended: its containers wait to be removed. */
+const wordsPatience = 2000
 /** ms; most are made in less. */
 const longestTurn = 2000
 
@@ -54,8 +58,10 @@ export class GroupWork {
       await this.#turns.run(() => this.#build(entry, request))
       report('created', id, { milliseconds: now() - started })
     } catch (error) {
-      const fault = toApiError(error)
-      report('create-failed', id, { code: fault.code, error: fault.message, cause: fault.cause instanceof Error ? fault.cause.message : '' })
+      const sidecar = await this.#wordsOfSidecar(entry)
+      const fault = sidecar === null || sidecar.exitCode === null ? toApiError(error)
+        : new ApiError('DOCKER::SANDBOX_START_FAILED', `The egress sidecar ended with exit code ${sidecar.exitCode} before the sandbox was complete.`, { cause: error })
+      report('create-failed', id, { code: fault.code, error: fault.message, cause: fault.cause instanceof Error ? fault.cause.message : '', ...(sidecar === null ? {} : { sidecar_exit_code: sidecar.exitCode, sidecar_log: sidecar.log }) })
       // When the engine is away: the next comparison with it undoes what is still there.
       await this.#undo(entry, fault.code, fault.message).catch((late: unknown) => report('undo-failed', id, { error: String(late) }))
       throw fault
@@ -107,6 +113,14 @@ export class GroupWork {
     if (!entry.group.record.announced || entry.removing) return this.reach(entry, 'gone')
     await this.reach(entry, 'ended')
     this.#fail(entry, reason, message)
+  }
+
+  /** Of a create that failed by its sidecar: with the container goes all that tells why. null: there is none, or the fault is not its own. */
+  async #wordsOfSidecar({ group: { facts }, removing }: Entry): Promise<LastWords | null> {
+    const gate = facts.find((fact) => fact.member === egressMember)
+    if (gate === undefined || removing) return null
+    const words = await Promise.race([this.#deps.engine.lastWords(gate.containerId).catch(() => null), delay(wordsPatience, null, { ref: false })])
+    return words?.exitCode === null && facts.some((fact) => fact.member === mainMember) ? null : words
   }
 
   #fail(entry: Entry, reason: string, message: string): void {

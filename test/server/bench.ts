@@ -58,6 +58,8 @@ export class Bench {
   readonly app: FastifyInstance
   readonly clock: { now: number }
   readonly events: string[] = []
+  /** The same with what is told of them. */
+  readonly details: Record<string, unknown>[] = []
   readonly clientEvents: unknown[] = []
 
   constructor(options: Options = {}) {
@@ -77,7 +79,10 @@ export class Bench {
       oldMetadata: options.oldMetadata ?? (() => null),
       now,
       changed: (id: string, group: Group | null) => (group === null ? this.routes.delete(id) : this.routes.put(toRoute(group))),
-      report: (event) => void this.events.push(event),
+      report: (event, _id, detail) => {
+        this.events.push(event)
+        this.details.push({ event, ...detail })
+      },
     })
     this.app = createServer({
       config, groups: this.groups, routes: this.routes, askPolicy: options.askPolicy ?? (async () => { throw new Error('no sidecar here') }), now, finished: () => undefined, clientEvent: (event) => void this.clientEvents.push(event),

@@ -66,6 +66,7 @@ t.test('refusals name the path', async (t) => {
   }
   t.throws(() => readCreateRequest({ ...body, secureAccess: true }, direct, now), { message: /secureAccess: needs ingress.mode/ })
   t.throws(() => readCreateRequest({ ...body, networkPolicy: {} }, direct, now), { message: /egress\.image must be configured/ })
+  t.throws(() => readCreateRequest({ ...body, networkPolicy: {} }, { ...config, upstreams: [] }, now), { message: /^networkPolicy: needs egress\.dns_upstreams: / })
 })
 
 t.test('what is accepted', async (t) => {
@@ -73,6 +74,8 @@ t.test('what is accepted', async (t) => {
   t.equal(read({ timeout: '600' }).timeout, 600, 'a number in quotes')
   t.equal(read({ timeout: null }).timeout, null, 'null is absent')
   t.equal(read({}).networkPolicy, null)
+  t.ok(readCreateRequest({ ...body, networkPolicy: {} }, { ...config, upstreams: [], docker: { ...config.docker, default_bridge: true } }, now).networkPolicy, 'on docker0 the engine names resolvers')
+  t.equal(readCreateRequest(body, { ...config, upstreams: [] }, now).networkPolicy, null, 'without resolvers nobody is refused but who has a policy')
   t.match(read({ networkPolicy: {} }).networkPolicy, { defaultAction: 'deny', egress: [] }, 'an empty policy denies everything')
   t.match(read({ network_policy: {} }).networkPolicy, { defaultAction: 'deny' }, 'snake case')
   t.equal(read({ networkPolicy: null }).networkPolicy, null, 'an explicit null is no policy')

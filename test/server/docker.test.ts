@@ -71,7 +71,7 @@ t.test('every call has a time limit', { timeout: 20_000 }, async (t) => {
   const { engine } = await startEngine(t, null)
   const docker = engine(100)
   const calls: [name: string, call: () => Promise<unknown>][] = [
-    ['create', () => docker.create(specs()[1]!)], ['start', () => docker.start('c1')], ['list', () => docker.list([])], ['examine', () => docker.examine([])], ['address', () => docker.address('c1')],
+    ['create', () => docker.create(specs()[1]!)], ['start', () => docker.start('c1')], ['list', () => docker.list([])], ['examine', () => docker.examine([])], ['address', () => docker.address('c1')], ['last words', () => docker.lastWords('c1')],
     ['remove', () => docker.remove('c1')], ['pause', () => docker.pause('c1')], ['resume', () => docker.resume('c1')], ['image', () => docker.image('a')], ['machine', () => docker.machine()],
     ['network', () => docker.network('n')], ['read', () => docker.read('c1', '/a')], ['write', () => docker.write('c1', Buffer.alloc(512))],
   ]

@@ -3,6 +3,7 @@ import { labels } from '#policies/wire.ts'
 import type { ContainerSpec } from '../../server/container-spec.ts'
 import { memberOf } from '../../server/group.ts'
 import { EngineError, type Found, type NetworkFact } from '../../server/docker.ts'
+import type { LastWords } from '../../server/last-words.ts'
 import type { Machine } from '../../server/machine.ts'
 import type { PullLine } from '../../server/pull-progress.ts'
 import { writeTar } from '../../server/tar.ts'
@@ -15,6 +16,8 @@ export class FakeEngine {
   readonly images = new Set(['image:1', 'egress:1'])
   /** Image name → id, where they differ. */
   readonly imageIds = new Map<string, string>()
+  /** What every container wrote last. */
+  log = ''
   /** Tells the server how far its last pull is. */
   pulling: (line: PullLine) => void = () => undefined
   /** In every image. */
@@ -74,6 +77,10 @@ export class FakeEngine {
 
   remove(id: string): Promise<void> {
     return this.#do(`remove ${this.kept.get(id)?.spec.labels[labels.role]}`, () => void this.kept.delete(id))
+  }
+
+  lastWords(id: string): Promise<LastWords> {
+    return this.#do('last words', () => ({ exitCode: this.#get(id).exitCode, log: this.log }))
   }
 
   /** A tar, as the engine gives it: what `files` holds for that path. */

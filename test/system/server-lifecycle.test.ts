@@ -178,6 +178,16 @@ t.test('an egress image that holds nothing back is found out', { timeout: 180_00
   t.equal((await stack.containers()).length, 1, 'without a policy nobody relies on it')
 })
 
+t.test('a sidecar that ends at once: how is answered, why stands in the log', { timeout: 180_000 }, async (t) => {
+  await using image = await commitImage({ ENTRYPOINT: ['node', '-e', 'console.log(JSON.stringify({ level: "fatal", msg: "no rights for nft" })); process.exit(77)'] })
+  await using stack = await startStack({ internet: nowhere, config: { egress: { image: image.name, probe: 'off' } } })
+  const reply = await stack.api.call('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {}, ...policy })
+  t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: 'The egress sidecar ended with exit code 77 before the sandbox was complete.' } })
+  const line = await eventually('the failure is logged', async () => /\{[^\n]*"create-failed"[^\n]*\}/.exec(stack.server.log())?.[0])
+  t.match(JSON.parse(line), { sidecar_exit_code: 77, sidecar_log: 'no rights for nft' })
+  t.same(await stack.containers(), [])
+})
+
 t.test('its image removed by hand: a sandbox goes on, is told and can be deleted; the next create hears that there is no such image', { timeout: 180_000 }, async (t) => {
   await using image = await commitImage({ ENTRYPOINT: [] })
   await using stack = await startStack({ internet: nowhere })
