@@ -65,7 +65,7 @@ const EgressSchema = Type.Object({
   memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar; its heap may take 128 MiB of it' }),
   pids_limit: Type.Integer({ minimum: 16, default: 128, description: 'processes a sidecar may have' }),
   probe: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'proves once per boot, engine and image that a sandbox cannot pass for its sidecar; off for images without node, not with `secure_runtime.type`' }),
-  ready_seconds: Type.Number({ minimum: 1, maximum: 300, default: 30, description: 'how long a sidecar may take to have its rules in the kernel' }),
+  ready_seconds: Type.Number({ minimum: 1, maximum: 300, default: 30, description: 'how long a sidecar may take to have its rules in the kernel, also in the proof' }),
 }, table)
 
 const IngressSchema = Type.Object({

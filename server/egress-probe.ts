@@ -18,7 +18,7 @@ import { sidecarSpec } from './sidecar.ts'
 import type { ConfirmRules } from './sidecar-client.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
-export type ProbeEngine = Pick<Containers, 'create' | 'start' | 'address' | 'examine' | 'remove'> & {
+export type ProbeEngine = Pick<Containers, 'create' | 'start' | 'address' | 'examine' | 'remove' | 'lastWords'> & {
   ping(): Promise<{ version: string }>
   image(reference: string): Promise<{ id: string } | null>
 }
@@ -33,6 +33,7 @@ export type ProbeDeps = {
 }
 
 const role = 'probe'
+/** ms for the probe, which gives up by itself before. */
 const patience = 15_000
 const pollPause = 50
 
@@ -40,6 +41,7 @@ export class EgressProbe {
   readonly #config: Config
   readonly #deps: ProbeDeps
   #proof: Promise<string> | null = null
+  #tried: string | null = null
 
   constructor(config: Config, deps: ProbeDeps) {
     this.#config = config
@@ -54,6 +56,11 @@ export class EgressProbe {
     await this.#proof
   }
 
+  /** Whether the containers of this id are those of a proof under way: of no sandbox, and not left behind either. */
+  tries(id: string): boolean {
+    return id === this.#tried
+  }
+
   async #wanted(): Promise<string> {
     const [{ version }, image] = await Promise.all([this.#deps.engine.ping(), this.#deps.engine.image(this.#config.egress.image ?? '')])
     return [bootId(), version, image?.id, this.#config.egress.mode, this.#deps.network.name, this.#config.secureRuntime ?? ''].join(' ')
@@ -65,9 +72,8 @@ export class EgressProbe {
     return `${where} the egress sidecar does not hold a sandbox back: a policy would be worth nothing, so none is offered.`
   }
 
-  /** Twice: a sweep removes containers of ours that belong to no sandbox, and may find these. */
   async #prove(wanted: string): Promise<string> {
-    const exitCode = await this.#try().catch(() => this.#try())
+    const exitCode = await this.#try()
     if (exitCode !== 0) {
       this.#deps.report('egress-probe-failed', { exitCode })
       throw new ApiError('DOCKER::SANDBOX_START_FAILED', this.#refusal())
@@ -78,7 +84,7 @@ export class EgressProbe {
   }
 
   async #try(): Promise<number> {
-    const { engine, instance, network, confirm } = this.#deps
+    const { engine, instance, network } = this.#deps
     const address = network.emptyAddress()
     const record = probeRecord()
     const made: string[] = []
@@ -88,24 +94,44 @@ export class EgressProbe {
       await engine.start(id)
       return id
     }
+    this.#tried = record.id
     try {
       const sidecar = await run(sidecarSpec({ ...this.#config, upstreams: [{ address, port: 53 }] }, instance, network.name, record))
-      await confirm(await engine.address(sidecar), record.egress?.token ?? '', null, AbortSignal.timeout(patience))
+      await this.#ready(record, sidecar)
       const probe = await run(this.#spec(record.id, sidecar, address))
-      return await this.#exitCode(record.id, probe)
+      return await this.#exitCode(record.id, probe, AbortSignal.timeout(patience))
+    } catch (error) {
+      const words = await engine.lastWords(made.at(-1) ?? '').catch(() => null)
+      this.#deps.report('egress-probe-failed', { error: (error as Error).message, ...(words === null ? {} : { sidecar_exit_code: words.exitCode, sidecar_log: words.log }) })
+      throw error
     } finally {
       for (const id of made) await engine.remove(id).catch(() => undefined)
+      this.#tried = null
     }
   }
 
-  async #exitCode(id: string, containerId: string): Promise<number> {
-    const deadline = performance.now() + patience
-    while (performance.now() < deadline) {
+  /** As long as every sidecar may take; one that has ended is not waited for. */
+  async #ready({ id, egress }: SandboxRecord, sidecar: string): Promise<void> {
+    const over = new AbortController()
+    const ended = this.#exitCode(id, sidecar, over.signal).then(
+      (exitCode) => over.abort(new ApiError('DOCKER::SANDBOX_START_FAILED', `The egress sidecar ended with exit code ${exitCode} when it was tried.`)),
+      (error: unknown) => over.abort(error))
+    try {
+      await this.#deps.confirm(await this.#deps.engine.address(sidecar), egress?.token ?? '', null, over.signal)
+    } finally {
+      over.abort()
+      await ended
+    }
+  }
+
+  /** -1 when it has not ended by then. */
+  async #exitCode(id: string, containerId: string, until: AbortSignal): Promise<number> {
+    while (!until.aborted) {
       const found = await this.#deps.engine.examine([`${labels.instance}=${this.#deps.instance}`, `${labels.group}=${groupHash(id)}`])
-      const probe = found.find((container) => container.containerId === containerId)
-      if (probe === undefined) throw new Error('the probe was removed')
-      if (probe.exitCode !== null) return probe.exitCode
-      await delay(pollPause)
+      const container = found.find((candidate) => candidate.containerId === containerId)
+      if (container === undefined) throw new Error('a container of the proof was removed')
+      if (container.exitCode !== null) return container.exitCode
+      await delay(pollPause, undefined, { signal: until }).catch(() => undefined)
     }
     return -1
   }

@@ -15,6 +15,8 @@ import type { Touch } from './watch.ts'
 export type GroupsDeps = Omit<TableDeps, 'expire'> & Omit<WorkDeps, 'table' | 'ownership'> & {
   /** What the original server remembers of a sandbox that is taken over; null: nothing. */
   readonly oldMetadata: (id: string) => Readonly<Record<string, string>> | null
+  /** Containers of ours that belong to no sandbox, and are in use all the same. */
+  readonly inUse: (id: string) => boolean
 }
 
 /** Sandboxes looked at together in a sweep: hundreds at once would cost the engine and our memory more than they gain. */
@@ -224,7 +226,7 @@ export class Groups {
   async #recover(id: string, seen: readonly Found[]): Promise<void> {
     const taken = id !== '' && seen.every(isUnlabelled) ? seen.map(({ containerId }) => containerId) : undefined
     const found = id === '' ? seen : await this.#ownership.of(id, taken)
-    if (this.#table.find(id) !== undefined || found.length === 0) return
+    if (this.#table.find(id) !== undefined || found.length === 0 || this.#deps.inUse(id)) return
     const read = recordFromLabels(id, found, this.#deps.now())
     if (read !== null) {
       const record = taken === undefined ? read : { ...read, adopted: taken, metadata: this.#deps.oldMetadata(id) ?? read.metadata }

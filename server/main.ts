@@ -60,6 +60,7 @@ const groups = new Groups({
   config, instance, store, engine, ports,
   workshop: createWorkshop(config, { machine: () => engine.machine(), images, network, confirm: sidecars.confirm, execd, probe }),
   oldMetadata: (id) => readOldMetadata(homedir(), id),
+  inUse: (id) => probe?.tries(id) === true,
   now: clock.now,
   changed: (id, group) => (group === null ? routes.delete(id) : routes.put(toRoute(group))),
   report: (event, id, detail) => log[/failed|orphan|ended|stepped/.test(event) ? 'warn' : 'info']({ event, sandbox: id, ...detail }),

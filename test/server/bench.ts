@@ -48,7 +48,7 @@ export function readToml(text: string, env: Record<string, string> = {}): Config
   }
 }
 
-export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<void> }; clock?: { now: number }; clocks?: Clocks; env?: Record<string, string>; oldMetadata?: (id: string) => Readonly<Record<string, string>> | null }
+export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<void> }; inUse?: (id: string) => boolean; clock?: { now: number }; clocks?: Clocks; env?: Record<string, string>; oldMetadata?: (id: string) => Readonly<Record<string, string>> | null }
 
 export class Bench {
   readonly engine: FakeEngine
@@ -77,6 +77,7 @@ export class Bench {
       config, instance: 'bench', store: this.store, engine: this.engine, ports: new HostPorts('127.0.0.1'),
       workshop: createWorkshop(config, { machine: () => this.engine.machine(), images, network, execd, probe: options.probe ?? null, confirm: options.confirm ?? (async () => undefined) }),
       oldMetadata: options.oldMetadata ?? (() => null),
+      inUse: options.inUse ?? (() => false),
       now,
       changed: (id: string, group: Group | null) => (group === null ? this.routes.delete(id) : this.routes.put(toRoute(group))),
       report: (event, _id, detail) => {

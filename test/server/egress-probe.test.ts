@@ -1,19 +1,24 @@
 /** The proof that a sandbox cannot pass for its sidecar: asked for once, believed only when it was seen. */
 import t from 'tap'
 import { labels } from '#policies/wire.ts'
+import { ApiError } from '../../server/api-error.ts'
 import { EgressProbe } from '../../server/egress-probe.ts'
-import { gatewayToml, readToml } from './bench.ts'
+import type { ConfirmRules } from '../../server/sidecar-client.ts'
+import { Bench, gatewayToml, readToml } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
-type Setting = { exitCode: number | null; engine: FakeEngine; proof: { value: string | null }; events: string[]; confirm?: () => Promise<void> }
+type Setting = { exitCode: number | null; engine: FakeEngine; proof: { value: string | null }; events: string[]; told?: Record<string, unknown>[]; confirm?: ConfirmRules }
 
-function probeOf({ exitCode, engine, proof, events, confirm = async () => undefined }: Setting, runtime = ''): EgressProbe {
+function probeOf({ exitCode, engine, proof, events, told = [], confirm = async () => undefined }: Setting, runtime = ''): EgressProbe {
   engine.after = (call) => { if (call === 'start probe' && exitCode !== null) engine.end(engine.find('probe'), exitCode) }
   return new EgressProbe(readToml(`${gatewayToml}\n${runtime}`), {
     engine, instance: 'bench', confirm,
     proved: { get: () => proof.value, set: (value) => void (proof.value = value) },
     network: { name: 'sallyport', emptyAddress: () => '172.30.255.254' },
-    report: (event) => void events.push(event),
+    report: (event, detail) => {
+      events.push(event)
+      told.push({ event, ...detail })
+    },
   })
 }
 const setting = (exitCode: number | null): Setting => ({ exitCode, engine: new FakeEngine(), proof: { value: null }, events: [] })
@@ -72,11 +77,49 @@ t.test('not proved: refused, every time', async (t) => {
   }
 })
 
-t.test('disturbed by a sweep: tried again', async (t) => {
+t.test('a sweep leaves it alone, and takes what a killed server left of one', async (t) => {
   const given = setting(0)
-  let failures = 1
-  const probe = probeOf({ ...given, confirm: async () => { if (failures-- > 0) throw new Error('the sidecar was removed') } })
-  await probe.ensure()
+  const swept = Promise.withResolvers<void>()
+  const probe = probeOf({ ...given, confirm: () => swept.promise })
+  await using bench = new Bench({ engine: given.engine, inUse: (id) => probe.tries(id) })
+  const started = Promise.withResolvers<void>()
+  const { after } = given.engine
+  given.engine.after = (call) => {
+    if (call === 'start egress') started.resolve()
+    return after(call)
+  }
+  const proved = probe.ensure()
+  await started.promise
+  await bench.groups.sweep(true)
+  t.same([given.engine.kept.size, bench.events], [1, []])
+  swept.resolve()
+  await proved
   t.equal(starts(given.engine), 1)
-  t.equal(given.engine.kept.size, 0)
+
+  const killed = probeOf({ ...setting(0), engine: given.engine, confirm: () => new Promise(() => undefined) })
+  given.engine.after = (call) => { if (call === 'start egress') left.resolve() }
+  const left = Promise.withResolvers<void>()
+  void killed.ensure()
+  await left.promise
+  await bench.groups.sweep(true)
+  t.same([given.engine.kept.size, bench.events], [0, ['orphan-removed']])
+})
+
+t.test('a sidecar that is not ready: as long as any other, and the reason is told', async (t) => {
+  const late = new ApiError('DOCKER::SANDBOX_START_FAILED', 'Egress sidecar did not become ready within 30s (no answer).')
+  const waiting: ConfirmRules = (_address, _token, _late, signal) => new Promise((_resolve, reject) => signal.addEventListener('abort', () => reject(signal.reason)))
+  const cases: [why: string, confirm: ConfirmRules, ends: number | null, message: RegExp, told: object][] = [
+    ['not in time', async () => { throw late }, null, /did not become ready within 30s/, { sidecar_exit_code: null, sidecar_log: 'nothing to do' }],
+    ['it ended', waiting, 78, /^The egress sidecar ended with exit code 78 when it was tried\.$/, { sidecar_exit_code: 78, sidecar_log: 'nothing to do' }],
+  ]
+  for (const [why, confirm, ends, message, told] of cases) {
+    const given = setting(0)
+    const lines: Record<string, unknown>[] = []
+    given.engine.log = 'nothing to do'
+    const probe = probeOf({ ...given, confirm, told: lines })
+    if (ends !== null) given.engine.after = (call) => { if (call === 'start egress') given.engine.end(given.engine.find('egress'), ends) }
+    await t.rejects(probe.ensure(), { code: 'DOCKER::SANDBOX_START_FAILED', message }, why)
+    t.match(lines, [{ event: 'egress-probe-failed', error: message, ...told }], why)
+    t.same([lines.length, given.engine.calls.filter((call) => call === 'start egress').length, given.engine.kept.size], [1, 1, 0], `${why}: told once, tried once, nothing is left`)
+  }
 })

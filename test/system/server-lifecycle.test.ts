@@ -188,6 +188,17 @@ t.test('a sidecar that ends at once: how is answered, why stands in the log', { 
   t.same(await stack.containers(), [])
 })
 
+t.test('an egress image that is no sidecar: the proof says so', { timeout: 180_000 }, async (t) => {
+  await using image = await commitImage({ ENTRYPOINT: ['node', '-e', 'console.log("waiting for work"); setInterval(() => undefined, 1000)'] })
+  await using stack = await startStack({ internet: nowhere, config: { egress: { image: image.name, ready_seconds: 1 } } })
+  const reply = await stack.api.call('POST', '/v1/sandboxes', { image: { uri: 'sallyport/sandbox:local' }, entrypoint: ['sleep', '1'], resourceLimits: {}, ...policy })
+  t.match(reply, { status: 500, body: { code: 'DOCKER::SANDBOX_START_FAILED', message: /^Egress sidecar did not become ready within 1s/ } })
+  const line = await eventually('the failure is logged', async () => /\{[^\n]*"egress-probe-failed"[^\n]*\}/.exec(stack.server.log())?.[0])
+  t.match(JSON.parse(line), { error: /^Egress sidecar did not become ready within 1s/, sidecar_exit_code: null, sidecar_log: 'waiting for work' })
+  t.notMatch(stack.server.log(), /orphan-removed/)
+  t.same(await stack.containers(), [])
+})
+
 t.test('its image removed by hand: a sandbox goes on, is told and can be deleted; the next create hears that there is no such image', { timeout: 180_000 }, async (t) => {
   await using image = await commitImage({ ENTRYPOINT: [] })
   await using stack = await startStack({ internet: nowhere })
