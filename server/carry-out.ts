@@ -13,7 +13,7 @@ import type { LastWords } from './last-words.ts'
 import { machineProblems, type Machine } from './machine.ts'
 import type { SandboxNetwork } from './network.ts'
 import type { Step } from './plan.ts'
-import { bootPolicy, sidecarSpec } from './sidecar.ts'
+import { bootPolicy, fromImage, sidecarSpec } from './sidecar.ts'
 import type { ConfirmRules } from './sidecar-client.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
@@ -35,6 +35,8 @@ export type Containers = {
 export type Workshop = {
   readonly confirm: ConfirmRules
   readonly network: { readonly name: string }
+  /** The image sidecars are made from: the one proved last, else what the configuration names. */
+  readonly sidecarImage: () => string
   /** null: sandboxes have no execd. */
   readonly execd: Pick<Execd, 'install'> | null
   /** Before anything is written or made. @throws ApiError 400 for what this machine can never give */
@@ -54,9 +56,11 @@ const machineWait = 2000
 /** Images, network and execd. @param progress gets what is being waited for */
 export function createWorkshop(config: Config, { machine, images, network, confirm, execd, probe }: Tools): Workshop {
   let known: Machine | null = null
+  let proved: string | null = null
   return {
     confirm,
     network,
+    sidecarImage: () => proved ?? config.egress.image ?? '',
     execd,
     async admit(request) {
       // An engine that does not answer is found out by the create itself.
@@ -72,7 +76,9 @@ export function createWorkshop(config: Config, { machine, images, network, confi
         network.ensure(),
         execd?.prepare(record.platform, pulling('of execd')),
         ...wanted.map((image) => images.ensure(image, pulling(image.called), image.called)),
-      ]).then(() => (record.egress === null ? undefined : probe?.ensure()))
+      ]).then(async () => {
+        if (record.egress !== null && probe !== null) proved = await probe.ensure()
+      })
       // A pull is shared and goes on; only this sandbox stops waiting for it.
       await unlessAborted(ready, signal)
     },
@@ -112,7 +118,7 @@ export async function carryOut(step: Act, made: Made, deps: Deps): Promise<reado
 function specOf(member: string, made: Made, deps: Deps): ContainerSpec {
   if (made.request === null) throw new Error('a container is only made for a request')
   const network = deps.workshop.network.name
-  if (member === egressMember) return sidecarSpec(deps.config, deps.instance, network, made.record)
+  if (member === egressMember) return sidecarSpec(fromImage(deps.config, deps.workshop.sidecarImage()), deps.instance, network, made.record)
   // Read from what exists, not from the record: main never starts outside the guarded namespace.
   const owner = made.record.egress === null ? null : factOf(egressMember, made.facts).containerId
   return mainSpec(deps.config, deps.instance, network, made.record, made.request, owner)

@@ -13,6 +13,7 @@ import type { PullLine } from './pull-progress.ts'
  */
 export type Found = Fact & { readonly labels: Readonly<Record<string, string>>; readonly image: string; readonly command: readonly string[]; readonly createdAt: number; readonly published: ReadonlyMap<number, number> }
 export type NetworkFact = { readonly id: string; readonly name: string; readonly driver: string; readonly bridge: string; readonly subnets: readonly string[]; readonly labels: Readonly<Record<string, string>> }
+type Info = { OSType: string; Architecture: string; NCPU: number; Runtimes: object; ServerVersion: string; DefaultRuntime: string; CgroupDriver: string; CgroupVersion?: string }
 export type EngineEvent = { readonly kind: 'container' | 'network'; readonly action: string; readonly labels: Readonly<Record<string, string>>; readonly name: string }
 
 /** An error of the engine. `status` is its HTTP status, 0 when the engine could not be asked. */
@@ -55,8 +56,12 @@ export class Docker {
 
   async machine(): Promise<Machine> {
     return call(async () => {
-      const { OSType, Architecture, NCPU, Runtimes } = await this.#docker.info() as { OSType: string; Architecture: string; NCPU: number; Runtimes: object }
-      return { os: OSType, arch: archOf(Architecture), cpus: NCPU, runtimes: Object.keys(Runtimes) }
+      const info = await this.#docker.info() as Info
+      return {
+        os: info.OSType, arch: archOf(info.Architecture), cpus: info.NCPU, runtimes: Object.keys(info.Runtimes),
+        // An engine older than 20.10 does not tell the version of its cgroups.
+        engine: { version: info.ServerVersion, runtime: info.DefaultRuntime, cgroups: `${info.CgroupDriver} v${info.CgroupVersion ?? ''}` },
+      }
     })
   }
 

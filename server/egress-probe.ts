@@ -1,5 +1,5 @@
 /**
- * Proves, once per boot, engine and egress image, that a sidecar's exemption is its own: a second container in the same
+ * Proves, once per boot, engine (its version, its runtime, its cgroups) and egress image, that a sidecar's exemption is its own: a second container in the same
  * namespace asks the sidecar's upstream directly. The upstream is an address of the sandbox network where nobody is, so
  * an answer can only come from the sidecar's proxy, to which the question was redirected; a question that was let
  * through is never answered. How the kernel tells the two apart depends on the host, so it is tried and not assumed. The probe runs as sandboxes do,
@@ -14,12 +14,13 @@ import type { Config } from './config.ts'
 import { groupLabels, securityOptions, type ContainerSpec } from './container-spec.ts'
 import type { SandboxRecord } from './group.ts'
 import { containerName, groupHash, newSandboxId, newToken } from './ids.ts'
-import { sidecarSpec } from './sidecar.ts'
+import type { Machine } from './machine.ts'
+import { fromImage, sidecarSpec } from './sidecar.ts'
 import type { ConfirmRules } from './sidecar-client.ts'
 
 /** What is asked of the engine; implemented by `Docker`. */
 export type ProbeEngine = Pick<Containers, 'create' | 'start' | 'address' | 'examine' | 'remove' | 'lastWords'> & {
-  ping(): Promise<{ version: string }>
+  machine(): Promise<Pick<Machine, 'engine'>>
   image(reference: string): Promise<{ id: string } | null>
 }
 export type ProbeDeps = {
@@ -48,12 +49,16 @@ export class EgressProbe {
     this.#deps = deps
   }
 
-  /** The image, the network and the host were proved together when this resolves. @throws ApiError: then nobody may rely on them */
-  async ensure(): Promise<void> {
-    const wanted = await this.#wanted()
-    if (this.#deps.proved.get() === wanted) return
-    this.#proof ??= this.#prove(wanted).finally(() => { this.#proof = null })
-    await this.#proof
+  /**
+   * The image, the network and the host were proved together when this resolves.
+   * @returns the image that was proved, by its id: its name may be another's a moment later @throws ApiError: then nobody may rely on them
+   */
+  async ensure(): Promise<string> {
+    const { wanted, image } = await this.#wanted()
+    if (this.#deps.proved.get() === wanted) return image
+    // One that is under way may be of an image that had the name before: then it is that one.
+    this.#proof ??= this.#prove(wanted, image).finally(() => { this.#proof = null })
+    return this.#proof
   }
 
   /** Whether the containers of this id are those of a proof under way: of no sandbox, and not left behind either. */
@@ -61,9 +66,12 @@ export class EgressProbe {
     return id === this.#tried
   }
 
-  async #wanted(): Promise<string> {
-    const [{ version }, image] = await Promise.all([this.#deps.engine.ping(), this.#deps.engine.image(this.#config.egress.image ?? '')])
-    return [bootId(), version, image?.id, this.#config.egress.mode, this.#deps.network.name, this.#config.secureRuntime ?? ''].join(' ')
+  async #wanted(): Promise<{ wanted: string; image: string }> {
+    const name = this.#config.egress.image ?? ''
+    const [{ engine: { version, runtime, cgroups } }, found] = await Promise.all([this.#deps.engine.machine(), this.#deps.engine.image(name)])
+    // Removed a moment ago: the engine says so itself when a container is to be made of it.
+    const image = found?.id ?? name
+    return { image, wanted: [bootId(), version, runtime, cgroups, image, this.#config.egress.mode, this.#deps.network.name, this.#config.secureRuntime ?? ''].join(' ') }
   }
 
   #refusal(): string {
@@ -72,18 +80,18 @@ export class EgressProbe {
     return `${where} the egress sidecar does not hold a sandbox back: a policy would be worth nothing, so none is offered.`
   }
 
-  async #prove(wanted: string): Promise<string> {
-    const exitCode = await this.#try()
+  async #prove(wanted: string, image: string): Promise<string> {
+    const exitCode = await this.#try(image)
     if (exitCode !== 0) {
       this.#deps.report('egress-probe-failed', { exitCode })
       throw new ApiError('DOCKER::SANDBOX_START_FAILED', this.#refusal())
     }
     this.#deps.proved.set(wanted)
     this.#deps.report('egress-proved', { proof: wanted })
-    return wanted
+    return image
   }
 
-  async #try(): Promise<number> {
+  async #try(image: string): Promise<number> {
     const { engine, instance, network } = this.#deps
     const address = network.emptyAddress()
     const record = probeRecord()
@@ -96,9 +104,9 @@ export class EgressProbe {
     }
     this.#tried = record.id
     try {
-      const sidecar = await run(sidecarSpec({ ...this.#config, upstreams: [{ address, port: 53 }] }, instance, network.name, record))
+      const sidecar = await run(sidecarSpec({ ...fromImage(this.#config, image), upstreams: [{ address, port: 53 }] }, instance, network.name, record))
       await this.#ready(record, sidecar)
-      const probe = await run(this.#spec(record.id, sidecar, address))
+      const probe = await run(this.#spec(record.id, { sidecar, image, address }))
       return await this.#exitCode(record.id, probe, AbortSignal.timeout(patience))
     } catch (error) {
       const words = await engine.lastWords(made.at(-1) ?? '').catch(() => null)
@@ -137,10 +145,10 @@ export class EgressProbe {
   }
 
   /** With the rights of a sandbox, from the one image that is sure to be there and to hold node. */
-  #spec(id: string, sidecar: string, address: string): ContainerSpec {
+  #spec(id: string, { sidecar, image, address }: { sidecar: string; image: string; address: string }): ContainerSpec {
     const { docker, egress } = this.#config
     return {
-      name: containerName(id, role), image: egress.image ?? '', labels: { ...groupLabels(this.#deps.instance, id, role), [labels.egressSidecarFor]: id },
+      name: containerName(id, role), image, labels: { ...groupLabels(this.#deps.instance, id, role), [labels.egressSidecarFor]: id },
       env: [], entrypoint: ['node'], cmd: ['-e', probeScript(address)],
       network: { join: sidecar }, publish: new Map(), publishAddress: '', dns: [], sysctls: {},
       capAdd: [], capDrop: [...new Set([...docker.drop_capabilities, 'NET_ADMIN', 'NET_RAW'])], securityOpt: securityOptions(docker), cgroupns: 'private',

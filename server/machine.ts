@@ -4,7 +4,15 @@ import type { Platform } from './group.ts'
 import type { Limits } from './resources.ts'
 
 /** `arch` as image indexes write it (amd64, arm64). */
-export type Machine = { readonly os: string; readonly arch: string; readonly cpus: number; /** OCI runtimes the engine knows. */ readonly runtimes: readonly string[] }
+export type Machine = {
+  readonly os: string
+  readonly arch: string
+  readonly cpus: number
+  /** OCI runtimes the engine knows. */
+  readonly runtimes: readonly string[]
+  /** What decides how the engine runs a container that asks for nothing special. */
+  readonly engine: { readonly version: string; readonly runtime: string; readonly cgroups: string }
+}
 
 export function machineProblems(wanted: { readonly platform: Platform | null; readonly limits: Limits }, machine: Machine): Problem[] {
   const problems: Problem[] = []

@@ -15,6 +15,11 @@ export function bootPolicy(policy: NetworkPolicy): NetworkPolicy {
   return Buffer.byteLength(JSON.stringify(policy)) > mostInEnvironment ? denyAll : policy
 }
 
+/** The same configuration with sidecars made from this image. */
+export function fromImage(config: Config, image: string): Config {
+  return { ...config, egress: { ...config.egress, image } }
+}
+
 /** @param network the Docker network the sandbox is on; the sidecar owns the sandbox's namespace */
 export function sidecarSpec(config: Config, instance: string, network: string, record: SandboxRecord): ContainerSpec {
   if (record.egress === null || config.egress.image === undefined) throw new Error('a sidecar needs a policy and an image')

@@ -48,7 +48,7 @@ export function readToml(text: string, env: Record<string, string> = {}): Config
   }
 }
 
-export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<void> }; inUse?: (id: string) => boolean; clock?: { now: number }; clocks?: Clocks; env?: Record<string, string>; oldMetadata?: (id: string) => Readonly<Record<string, string>> | null }
+export type Options = { toml?: string; store?: string; engine?: FakeEngine; confirm?: ConfirmRules; askPolicy?: AskPolicy; probe?: { ensure(): Promise<string> }; inUse?: (id: string) => boolean; clock?: { now: number }; clocks?: Clocks; env?: Record<string, string>; oldMetadata?: (id: string) => Readonly<Record<string, string>> | null }
 
 export class Bench {
   readonly engine: FakeEngine

@@ -4,7 +4,7 @@ import { labels } from '#policies/wire.ts'
 import { ApiError } from '../../server/api-error.ts'
 import { EgressProbe } from '../../server/egress-probe.ts'
 import type { ConfirmRules } from '../../server/sidecar-client.ts'
-import { Bench, gatewayToml, readToml } from './bench.ts'
+import { Bench, gatewayToml, policyBody, readToml } from './bench.ts'
 import { FakeEngine } from './fake-engine.ts'
 
 type Setting = { exitCode: number | null; engine: FakeEngine; proof: { value: string | null }; events: string[]; told?: Record<string, unknown>[]; confirm?: ConfirmRules }
@@ -33,9 +33,38 @@ t.test('proved once, for everybody who waits and for the next server', async (t)
   t.equal(starts(given.engine), 1)
   t.equal(given.engine.kept.size, 0, 'nothing is left of it')
   t.same(given.events, ['egress-proved'])
-  given.engine.ping = async () => ({ version: '29' })
-  await probe.ensure()
-  t.equal(starts(given.engine), 2, 'another engine is proved again')
+  const others: [why: string, change: (engine: FakeEngine) => void][] = [
+    ['another version', ({ engine }) => (engine.version = '29')],
+    ['another runtime where none is asked for', ({ engine }) => (engine.runtime = 'runsc')],
+    ['another driver of cgroups', ({ engine }) => (engine.cgroups = 'systemd v1')],
+    ['another version of cgroups', ({ engine }) => (engine.cgroups = 'systemd v2')],
+    ['another image under the name', ({ imageIds }) => imageIds.set('egress:1', 'sha256:2')],
+  ]
+  for (const [index, [why, change]] of others.entries()) {
+    change(given.engine)
+    await probe.ensure()
+    await probe.ensure()
+    t.equal(starts(given.engine), index + 2, `${why} is proved again, once`)
+  }
+})
+
+t.test('a sidecar is made from the very image that was proved', async (t) => {
+  const given = setting(0)
+  const images: string[] = []
+  given.engine.imageIds.set('egress:1', 'sha256:1')
+  given.engine.before = (call) => {
+    if (!/^start (egress|probe)$/.test(call)) return
+    images.push(given.engine.kept.get(given.engine.find(call.slice(6)))?.spec.image ?? '')
+    // Somebody gives the name to another image, at the worst moment.
+    given.engine.imageIds.set('egress:1', 'sha256:2')
+  }
+  await using bench = new Bench({ engine: given.engine, probe: probeOf(given) })
+  await bench.create(policyBody)
+  t.same(images, ['sha256:1', 'sha256:1', 'sha256:1'], 'of the proof, of the probe, of the sandbox')
+  await bench.call('DELETE', `/sandboxes/${bench.groups.list()[0]?.record.id}`)
+  images.length = 0
+  await bench.create(policyBody)
+  t.same(images, ['sha256:2', 'sha256:2', 'sha256:2'], 'the next has the other one, proved as well')
 })
 
 t.test('what the probe is', async (t) => {

@@ -16,6 +16,7 @@ export class FakeEngine {
   readonly images = new Set(['image:1', 'egress:1'])
   /** Image name → id, where they differ. */
   readonly imageIds = new Map<string, string>()
+  engine = { version: '20.10', runtime: 'runc', cgroups: 'cgroupfs v1' }
   /** What every container wrote last. */
   log = ''
   /** Tells the server how far its last pull is. */
@@ -128,11 +129,7 @@ export class FakeEngine {
   }
 
   machine(): Promise<Machine> {
-    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2, runtimes: ['runc'] }))
-  }
-
-  ping(): Promise<{ version: string }> {
-    return this.#do('ping', () => ({ version: '20.10' }))
+    return this.#do('machine', () => ({ os: 'linux', arch: 'amd64', cpus: 2, runtimes: ['runc'], engine: this.engine }))
   }
 
   network(): Promise<NetworkFact | null> {
