@@ -1,6 +1,6 @@
 /**
  * The server's configuration: one TOML file, one schema, and the checks that span several keys.
- * Unknown tables and keys are ignored, as in the original, so that its files load here.
+ * Unknown tables and keys are ignored, as in the original, so that its files load here; `ignoredKeys` names them.
  */
 import { readFileSync } from 'node:fs'
 import { cpus, homedir } from 'node:os'
@@ -15,6 +15,7 @@ import type { Problem } from '#policies/problem.ts'
 import { gatewayAddressProblem } from '#policies/route.ts'
 import { readFailureTtl, valueProblems } from './config-values.ts'
 import { hostUpstreams } from './resolvers.ts'
+import { unknownKeys } from './unknown-keys.ts'
 
 const table = { default: {} }
 const text = (description: string) => Type.Optional(Type.String({ minLength: 1, description }))
@@ -116,6 +117,8 @@ export type Config = Checked & {
   readonly secureRuntime: string | null
   /** PENDING_FAILURE_TTL: how long a sandbox that failed stays visible. */
   readonly failureTtlSeconds: number
+  /** Keys of the file that mean nothing, here or in the original. */
+  readonly ignoredKeys: readonly string[]
 }
 
 /**
@@ -123,7 +126,8 @@ export type Config = Checked & {
  * @throws ConfigError with every problem found
  */
 export function readConfig(path: string, env: Record<string, string | undefined>): Config {
-  const { checked, problems } = checkSchema(readToml(path))
+  const raw = readToml(path)
+  const { checked, problems } = checkSchema(raw)
   const found = problems.map((problem) => problem.path)
   const mode = found.some((path) => overlaps(path, 'ingress.mode')) ? null : checked.ingress.mode
   const config: Config = {
@@ -135,6 +139,7 @@ export function readConfig(path: string, env: Record<string, string | undefined>
     upstreams: readUpstreams(checked, problems),
     secureRuntime: readRuntime(checked.secure_runtime, problems),
     failureTtlSeconds: readFailureTtl(env.PENDING_FAILURE_TTL, problems),
+    ignoredKeys: unknownKeys(ConfigSchema, raw),
   }
   problems.push(...crossCheck(config, mode), ...valueProblems(config, mode))
   if (config.apiKey === null && env.OPENSANDBOX_INSECURE_SERVER !== 'YES') {

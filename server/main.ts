@@ -107,6 +107,7 @@ const server = createServer({
 })
 const address = await server.listen({ host: config.server.host, port: config.server.port, backlog: config.server.backlog }).catch((error: Error) => stopStart(exitUnavailable, `cannot listen: ${error.message}`))
 log.info({ event: 'listening', address, instance, isolation: network.isolation, host_guard: guard === null ? 'off' : 'on', upstreams: config.upstreams })
+if (config.ignoredKeys.length > 0) log.warn({ event: 'config-ignored', keys: config.ignoredKeys, detail: 'nobody reads these keys: are they misspelt?' })
 if (guard === null) log.warn({ event: 'host-guard-off', detail: 'sandboxes reach this host, its published ports and cloud metadata' })
 if (config.apiKey === null) log.warn({ event: 'no-api-key', detail: 'anybody who reaches this port may run code here' })
 // After a store was lost nobody else tells that they are still there. An engine that is away has told so itself.

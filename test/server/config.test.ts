@@ -104,6 +104,19 @@ t.test('accepted', async (t) => {
   t.ok(Object.isFrozen(config))
 })
 
+t.test('keys that nobody reads are named, except those of the original', async (t) => {
+  const cases: [why: string, toml: string, keys: string[]][] = [
+    ['none', '[egress]\nimage = "a:1"', []],
+    ['a misspelt key', '[egress]\ndns_upstream = ["198.51.100.53"]', ['egress.dns_upstream']],
+    ['a misspelt table', '[egres]\nmode = "dns+nft"', ['egres']],
+    ['deeper, and several', '[docker]\nhost_gaurd = "on"\n[ingress]\nmode = "gateway"\n[ingress.gateway]\naddress = "a.b"\nroute.mode = "header"\nroute.mod = "x"', ['docker.host_gaurd', 'ingress.gateway.route.mod']],
+    ['a name that every object has', '[egress]\ntoString = 1', ['egress.toString']],
+    ["the original's", 'renew_intent.redis.enabled = false\n[docker]\nhost_ip = "198.51.100.1"\n[log]\nfile_enabled = true\n[pause]\nx = 1\n[storage]\nallowed_host_paths = []\n[secure_runtime]\nk8s_runtime_class = "kata"', []],
+  ]
+  for (const [why, toml, keys] of cases) t.same(readToml(`${toml}\n[server]\napi_key = "k"`).ignoredKeys, keys, why)
+  t.same(readToml('[server]\napi_key = "k"\nthread_pool_size = 9\nloop = "auto"').ignoredKeys, [])
+})
+
 t.test("the host's resolvers", async (t) => {
   const files = (content: Record<string, string>) => (path: string) => {
     if (content[path] === undefined) throw new Error('ENOENT')

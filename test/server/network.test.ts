@@ -68,7 +68,7 @@ t.test('the rules cannot be set: no start, unless the operator says that sandbox
   const port = await freePort()
   // No nft on the path, and no engine either: neither is asked for before the guard.
   const env = { PATH: folder, DOCKER_HOST: `unix://${join(folder, 'none.sock')}` }
-  const write = (guard: string): void => writeFileSync(file, `[server]\nhost = "127.0.0.1"\nport = ${port}\napi_key = "k"\n[docker]\nhost_guard = "${guard}"\n[egress]\ndns_upstreams = ["198.51.100.53"]\n[store]\npath = "${join(folder, 'a.db')}"\n`)
+  const write = (guard: string): void => writeFileSync(file, `[server]\nhost = "127.0.0.1"\nport = ${port}\napi_key = "k"\n[docker]\nhost_guard = "${guard}"\nhost_gaurd = "on"\n[egress]\ndns_upstreams = ["198.51.100.53"]\n[store]\npath = "${join(folder, 'a.db')}"\n`)
   write('on')
   const refused = await execa(process.execPath, ['server/main.ts', '--config', file], { cwd: top, env, reject: false, timeout: 60_000 })
   t.equal(refused.exitCode, 77)
@@ -81,4 +81,5 @@ t.test('the rules cannot be set: no start, unless the operator says that sandbox
   const ready = await request(`${url}/health/ready`)
   t.match([ready.statusCode, await ready.body.json()], [503, { checks: { engine: 'unreachable', host_guard: 'off', isolation: 'host guard off' } }], 'started, and says so')
   t.match(server.log(), /"event":"host-guard-off"/)
+  t.match(server.log(), /"event":"config-ignored","keys":\["docker\.host_gaurd"\]/, 'and which keys it does not know')
 })
