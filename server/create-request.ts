@@ -120,12 +120,23 @@ function fold(value: unknown): unknown {
   return folded
 }
 
-/** What guards a sandbox must not get lost in a misspelt key: other unknown keys are ignored (as in the original), these are not. */
-const guarding = /polic|netw|egress|secur/i
+/** What guards a sandbox must not get lost in a misspelt key, or in another product's: other unknown keys are ignored (as in the original), these are not. */
+const guarding = /polic|netw|egress|secur|internet|firewall|domain|allow|deny|denied|block|cidr|outbound|offline/i
+/** Among extensions, where image pull policies and the like are at home. */
+const guardingExtension = /^netw.*polic|egress|internet|firewall|^secureaccess$/
+/** Annotations of Kubernetes, whatever they are called. */
+const passedOn = 'opensandbox.extensions.'
 
 function misspelt(value: object): Problem[] {
   const unknown = Object.keys(value).filter((key) => guarding.test(key) && !Object.hasOwn(CreateSchema.properties, aliases.get(key) ?? key))
-  return unknown.map((key) => ({ path: key.slice(0, 80), reason: `is not a known field; did you mean ${/secur/i.test(key) ? 'secureAccess' : 'networkPolicy'}?` }))
+  const { extensions } = value as { extensions?: unknown }
+  const misplaced = Object.keys(typeof extensions === 'object' && extensions !== null ? extensions : {})
+    .filter((key) => !key.startsWith(passedOn) && guardingExtension.test(key.replace(/[^a-z]/gi, '').toLowerCase()))
+  const meant = (key: string): string => (/secur/i.test(key) ? 'secureAccess' : 'networkPolicy')
+  return [
+    ...unknown.map((key) => ({ path: key.slice(0, 80), reason: `is not a known field; did you mean ${meant(key)}?` })),
+    ...misplaced.map((key) => ({ path: `extensions[${JSON.stringify(key.slice(0, 80))}]`, reason: `guards nothing here; did you mean the field ${meant(key)}?` })),
+  ]
 }
 
 /** In both spellings: one of the two would be lost. */

@@ -51,6 +51,8 @@ t.test('refusals name the path', async (t) => {
     ['a rule with a port', { ...body, networkPolicy: { egress: [{ action: 'allow', target: 'a.b', port: 443 }] } }, 'SANDBOX::INVALID_PARAMETER', /^networkPolicy\.egress\[0\]\.port: is not a known key/],
     ['a policy whose key is in another case', { ...body, NetworkPolicy: { egress: [] } }, 'SANDBOX::INVALID_PARAMETER', /^NetworkPolicy: is not a known field/],
     ['secureAccess in another case', { ...body, secureaccess: true }, 'SANDBOX::INVALID_PARAMETER', /^secureaccess: is not a known field/],
+    ...['allowInternetAccess', 'allow_internet_access', 'internet', 'firewall', 'allowedDomains', 'denyOut', 'blockNetwork', 'cidrAllowlist', 'outbound', 'offline'].map((key) => [`another product's word: ${key}`, { ...body, [key]: false }, 'SANDBOX::INVALID_PARAMETER', new RegExp(`^${key}: is not a known field; did you mean networkPolicy`)] as [string, unknown, string, RegExp]),
+    ...['networkPolicy', 'network_policy', 'network-policy', 'egress', 'egress.policy', 'allowInternetAccess', 'secureAccess'].map((key) => [`a guard among the extensions: ${key}`, { ...body, extensions: { [key]: 'x' } }, 'SANDBOX::INVALID_PARAMETER', new RegExp(`^extensions\\["${key}"\\]: guards nothing here; did you mean the field`)] as [string, unknown, string, RegExp]),
     ['a policy that is no object', { ...body, networkPolicy: 5 }, 'SANDBOX::INVALID_PARAMETER', /networkPolicy/],
     ['renew too short', { ...body, extensions: { 'access.renew.extend.seconds': '299' } }, 'SANDBOX::INVALID_PARAMETER', /between 300 and 86400/],
     ['a pool', { ...body, extensions: { poolRef: 'p' } }, 'SANDBOX::UNSUPPORTED_POOL_REF', /poolRef/],
@@ -86,6 +88,8 @@ t.test('what is accepted', async (t) => {
   t.same(read({ env: { A: 'b', N: null, E: '' } }).env, { A: 'b', N: null, E: '' })
   t.equal(read({ extensions: { 'access.renew.extend.seconds': ' 300 ' } }).renewExtendSeconds, 300)
   t.match(read({ platform: { os: ' Linux ', arch: 'ARM64' } }).platform, { os: 'linux', arch: 'arm64' })
+  // What the official SDKs and their examples send.
+  for (const more of [{ resourceRequests: { cpu: '250m' } }, { lifecycle: {} }, { extensions: { imagePullPolicy: 'Always', 'opensandbox.extensions.image-pull-policy': 'Always', 'opensandbox.extensions.network-policy': 'x' } }]) t.ok(read(more), JSON.stringify(more))
   t.same(Object.keys(read({ unknownField: 1 })).includes('unknownField'), false)
 })
 
