@@ -1,27 +1,39 @@
 /** The policy document on disk: read once at start, replaced as a whole at every change. */
 import { open, readFile, realpath, rename, rm, stat } from 'node:fs/promises'
+import { dirname } from 'node:path'
 import { formatProblems } from '#policies/problem.ts'
-import { readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
+import { isTakenByOriginal, readNetworkPolicy, type NetworkPolicy } from '#policies/document.ts'
 
 export type FoundPolicy = { readonly policy: NetworkPolicy | null; readonly warning: string | null }
 
-/** Null when there is none, or a blank or an invalid one (with a warning): then the environment's holds. @throws when it cannot be read */
+/**
+ * Null when there is none, or one that the original does not take either: blank, not JSON, not a policy (with a warning). Then the environment's holds.
+ * @throws when it cannot be read; and for a policy that the original enforces and we refuse: what holds instead may be wider, and the next change would
+ * overwrite what its author wrote
+ */
 export async function readPolicyFile(path: string): Promise<FoundPolicy> {
   if (path === '') return { policy: null, warning: null }
   let text: string
   try {
     text = await readFile(path, 'utf8')
   } catch (error) {
-    if ((error as NodeJS.ErrnoException).code === 'ENOENT') return { policy: null, warning: null }
-    throw error
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw new Error(`the policy file ${path} (OPENSANDBOX_EGRESS_POLICY_FILE) cannot be read: ${(error as Error).message}`, { cause: error })
+    const folder = await stat(dirname(path)).catch(() => null)
+    return { policy: null, warning: folder === null ? `the folder of the policy file ${path} is not there: until it is, no change of the policy can be made` : null }
   }
-  if (text.trim() === '') return { policy: null, warning: `${path} is empty` }
+  const unused = (why: string): FoundPolicy => ({ policy: null, warning: `policy file not used: ${path}${why}` })
+  if (text.trim() === '') return unused(' is empty')
+  let document: unknown
   try {
-    const read = readNetworkPolicy(JSON.parse(text), path)
-    return read.ok ? { policy: read.policy, warning: null } : { policy: null, warning: formatProblems(read.problems) }
+    document = JSON.parse(text)
   } catch (error) {
-    return { policy: null, warning: `${path}: ${(error as Error).message}` }
+    return unused(`: ${(error as Error).message}`)
   }
+  const read = readNetworkPolicy(document, '')
+  if (read.ok) return { policy: read.policy, warning: null }
+  const problems = formatProblems(read.problems)
+  if (!isTakenByOriginal(document)) return unused(`: ${problems}`)
+  throw new Error(`the policy file ${path} is refused, and left as it is: ${problems}`)
 }
 
 /** A new content that is on disk but does not count yet. */

@@ -140,13 +140,14 @@ export function createPolicyKeeper(initial: NetworkPolicy, initialAlways: Always
 }
 
 /**
- * Patch rules first, in order, the first of several for one target; then the old rules that were not patched. Two spellings of a name are one
- * target here, where the original compares texts: of two rules the older one would hold again when the newer is deleted.
+ * Patch rules first, in order, the first of several for one text; then the old rules for other targets. Two spellings of an old target are one here, where
+ * the original compares texts: of two rules the older one would hold again when the newer is deleted. In one patch both stay: for addresses the deny wins.
  */
 function mergeRules(patch: readonly NetworkRule[], base: readonly NetworkRule[]): NetworkRule[] {
-  const merged = new Map<string, NetworkRule>()
-  for (const rule of patch) if (!merged.has(targetKey(rule.target))) merged.set(targetKey(rule.target), rule)
-  return [...merged.values(), ...base.filter(({ target }) => !merged.has(targetKey(target)))]
+  const first = new Map<string, NetworkRule>()
+  for (const rule of patch) if (!first.has(rule.target.toLowerCase())) first.set(rule.target.toLowerCase(), rule)
+  const named = new Set(patch.map(({ target }) => targetKey(target)))
+  return [...first.values(), ...base.filter(({ target }) => !named.has(targetKey(target)))]
 }
 
 function parse(body: string, label: string): unknown {

@@ -121,8 +121,10 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     const files = createAlwaysFiles()
     const always = await files.read()
     const notLogged = await readLogSkip()
-    const found = await readPolicyFile(config.policyFile)
-    if (found.warning !== null) log.event('warn', 'egress.policy_file', `policy file not used: ${found.warning}`)
+    const found = await readPolicyFile(config.policyFile).catch((error: Error) => {
+      throw new StartError(error.message, { cause: error })
+    })
+    if (found.warning !== null) log.event('warn', 'egress.policy_file', found.warning)
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
     const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, held: asking.ports, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }

@@ -4,6 +4,9 @@ import { schemaProblems } from './config.ts'
 import { parseTarget } from './host.ts'
 import type { Problem } from './problem.ts'
 
+const documentKeys = ['defaultAction', 'egress']
+const ruleKeys = ['action', 'target']
+
 export type Action = 'allow' | 'deny'
 /** `target` is the trimmed text the caller wrote; `parseTarget` gives its normal form. */
 export type NetworkRule = { readonly action: Action; readonly target: string }
@@ -30,9 +33,10 @@ export const NetworkPolicySchema = Type.Object({
  */
 export function readNetworkPolicy(value: unknown, path = 'networkPolicy'): ReadPolicy {
   if (value === undefined || value === null) return { ok: true, policy: { defaultAction: 'deny', egress: [] } }
-  const document = foldKeys(value, ['defaultAction', 'egress']) as { defaultAction?: string; egress?: { action?: string; target?: string }[] }
-  if (Array.isArray(document.egress)) document.egress = document.egress.map(foldRule) as typeof document.egress
-  const problems = schemaProblems(NetworkPolicySchema, document, path)
+  const twice: Problem[] = []
+  const document = foldKeys(value, documentKeys, path, twice) as { defaultAction?: string; egress?: { action?: string; target?: string }[] }
+  if (Array.isArray(document.egress)) document.egress = foldRules(document.egress, below(path, 'egress'), twice) as typeof document.egress
+  const problems = [...twice, ...schemaProblems(NetworkPolicySchema, document, path)]
   if (problems.length > 0) return { ok: false, problems }
 
   const defaultAction = readAction(document.defaultAction)
@@ -41,10 +45,23 @@ export function readNetworkPolicy(value: unknown, path = 'networkPolicy'): ReadP
   return problems.length > 0 ? { ok: false, problems } : { ok: true, policy: { defaultAction: defaultAction as Action, egress } }
 }
 
-/** The same for a bare array of rules (the body of a PATCH). */
+/**
+ * Whether the original enforces this document: it passes over keys that it does not know, takes any text for a target or a default action, and of two
+ * spellings of a key the last. What it does not take, `readNetworkPolicy` does not take either.
+ */
+export function isTakenByOriginal(value: unknown): boolean {
+  const document = foldKeys(value ?? {}, documentKeys, '', []) as { defaultAction?: unknown; egress?: unknown }
+  const { defaultAction = '', egress = [] } = document
+  if (typeof document !== 'object' || Array.isArray(document) || typeof defaultAction !== 'string' || !Array.isArray(egress)) return false
+  return (foldRules(egress, '', []) as { action?: unknown; target?: unknown }[]).every(({ action = '', target }) =>
+    typeof action === 'string' && readAction(action) !== null && typeof target === 'string' && target.trim() !== '')
+}
+
+/** Reads a bare array of rules in the same way (the body of a PATCH). */
 export function readNetworkRules(value: unknown, path = 'rules'): ReadRules {
-  const folded = Array.isArray(value) ? value.map(foldRule) : value
-  const problems = schemaProblems(Type.Array(RuleSchema), folded, path)
+  const twice: Problem[] = []
+  const folded = Array.isArray(value) ? foldRules(value, path, twice) : value
+  const problems = [...twice, ...schemaProblems(Type.Array(RuleSchema), folded, path)]
   if (problems.length > 0) return { ok: false, problems }
   const rules = readRules(folded as { action?: string; target?: string }[], path, problems)
   return problems.length > 0 ? { ok: false, problems } : { ok: true, rules }
@@ -74,16 +91,22 @@ function readAction(text: string | undefined): Action | null {
 }
 
 /** A null rule is an empty one: it fails for its missing target, as it did in the original. */
-function foldRule(rule: unknown): unknown {
-  return foldKeys(rule ?? {}, ['action', 'target'])
+function foldRules(rules: readonly unknown[], path: string, twice: Problem[]): unknown[] {
+  return rules.map((rule, index) => foldKeys(rule ?? {}, ruleKeys, `${path}[${index}]`, twice))
 }
 
-/** An object with its known keys whatever their case, nulls dropped; the last of several spellings wins. Anything else as it is. */
-function foldKeys(value: unknown, known: readonly string[]): unknown {
+/**
+ * An object with its known keys whatever their case, nulls dropped. Anything else as it is. Two spellings of one key are told: whichever counted, what
+ * stands under the other would be lost, a deny perhaps. (Of one spelling, JSON.parse has kept the last.)
+ */
+function foldKeys(value: unknown, known: readonly string[], path: string, twice: Problem[]): unknown {
   if (typeof value !== 'object' || value === null || Array.isArray(value)) return value
   const folded = new Map<string, unknown>()
   for (const [key, inner] of Object.entries(value)) {
-    if (inner !== null) folded.set(known.find((k) => k.toLowerCase() === key.toLowerCase()) ?? key, inner)
+    if (inner === null) continue
+    const name = known.find((k) => k.toLowerCase() === key.toLowerCase()) ?? key
+    if (folded.has(name)) twice.push({ path: below(path, key), reason: `${name} stands here in two spellings` })
+    folded.set(name, inner)
   }
   return Object.fromEntries(folded)
 }

@@ -44,14 +44,17 @@ export function parseTarget(text: string): Target {
   const wildcard = target.startsWith('*.')
   const name = toAsciiName(wildcard ? target.slice(2) : target)
   // `*.51.100.40` and `1.2.3.4-1.2.3.9` are no names: such a deny would hold nobody.
-  if (name === null || !isHostName(name)) return { problem: `${quote(target)} is not a host name, *.host name, IP address or CIDR network` }
+  if (name === null || !isHostName(name)) {
+    const hint = /[^\0-\x7f]/.test(target) ? ' (an international name can be written in A-labels, xn--…)' : ''
+    return { problem: `${quote(target)} is not a host name, *.host name, IP address or CIDR network${hint}` }
+  }
   return { kind: wildcard ? 'wildcard' : 'name', value: name }
 }
 
-/** What rules for the same name have in common, however it is spelt. Everything else is compared as text, as the original compares all. */
+/** What rules for one place have in common, however it is spelt: a name, an address, which is also a network of its own, or a network. */
 export function targetKey(text: string): string {
   const target = parseTarget(text)
-  return 'problem' in target || target.kind === 'address' || target.kind === 'network' ? text.trim().toLowerCase() : `${target.kind} ${target.value}`
+  return 'problem' in target ? text.trim().toLowerCase() : `${target.kind} ${target.value}`
 }
 
 function toAsciiName(text: string): string | null {

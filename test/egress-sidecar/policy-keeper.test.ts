@@ -98,11 +98,14 @@ t.test('how many rules there may be', async (t) => {
   t.equal((await started.keeper.remove('["n0.example"]')).policy.egress.length, 5, 'whoever was started with more may still remove some')
 })
 
-t.test('names are compared in their normal form, addresses as text but for case and blanks', async (t) => {
+t.test('targets are compared in their normal form', async (t) => {
   const rows: { why: string; method: 'patch' | 'remove'; base: string[]; targets: string[]; want: string[] }[] = [
     { why: 'blanks around a patched name', method: 'patch', base: ['a.example', 'b.example'], targets: [' a.example '], want: ['allow a.example', 'deny b.example'] },
     { why: 'the same name twice, once with blanks', method: 'patch', base: ['b.example'], targets: ['\ta.example', 'A.example '], want: ['allow a.example', 'deny b.example'] },
-    { why: 'a network of one address is not that address', method: 'patch', base: ['1.1.1.1'], targets: ['1.1.1.1/32'], want: ['allow 1.1.1.1/32', 'deny 1.1.1.1'] },
+    { why: 'a network of one address is that address', method: 'patch', base: ['1.1.1.1', '1.1.1.0/24'], targets: ['1.1.1.1/32'], want: ['allow 1.1.1.1/32', 'deny 1.1.1.0/24'] },
+    { why: 'and removed as it', method: 'remove', base: ['198.51.100.40/32', 'fd00::1', '198.51.100.0/24'], targets: ['198.51.100.40', 'FD00:0::1/128'], want: ['deny 198.51.100.0/24'] },
+    { why: 'a network with host bits', method: 'remove', base: ['10.1.2.3/8', '10.0.0.0/9'], targets: ['10.0.0.0/8'], want: ['deny 10.0.0.0/9'] },
+    { why: 'both spellings in one patch stay', method: 'patch', base: ['1.1.1.1', 'a.example'], targets: ['1.1.1.1', '1.1.1.1/32', '1.1.1.1'], want: ['allow 1.1.1.1', 'allow 1.1.1.1/32', 'deny a.example'] },
     { why: 'blanks around a name to remove', method: 'remove', base: ['a.example', 'b.example'], targets: ['\n A.Example '], want: ['deny b.example'] },
     { why: 'removed once or twice', method: 'remove', base: ['a.example', 'b.example'], targets: ['a.example', 'a.example', 'x.example'], want: ['deny b.example'] },
     { why: 'the name with its trailing dot', method: 'remove', base: ['a.example.', '*.a.example.', 'b.example'], targets: ['a.example', '*.A.example'], want: ['deny b.example'] },
@@ -188,15 +191,35 @@ t.test('a policy file that is a link stays one', async (t) => {
 })
 
 t.test('a policy file that is of no use', async (t) => {
-  const directory = t.testdir({ blank: ' \n', bad: '{', wrong: '{"defaultAction":"x"}', folder: {} })
+  const directory = t.testdir({ blank: ' \n', cut: '{', maybe: '{"egress":[{"target":"a.b"},{"action":"maybe","target":"*"}]}', list: '[]', folder: {} })
+  const found = (name: string): ReturnType<typeof readPolicyFile> => readPolicyFile(join(directory, name))
   t.same(await readPolicyFile(''), { policy: null, warning: null })
-  t.same(await readPolicyFile(join(directory, 'missing')), { policy: null, warning: null })
-  for (const name of ['blank', 'bad', 'wrong']) {
-    const found = await readPolicyFile(join(directory, name))
-    t.equal(found.policy, null, name)
-    t.type(found.warning, 'string')
+  t.same(await found('missing'), { policy: null, warning: null })
+  t.match(await found('nowhere/missing'), { policy: null, warning: /^the folder of the policy file .*\/nowhere\/missing is not there: / })
+  const rows: [name: string, why: string][] = [['blank', ' is empty'], ['cut', ': Expected'], ['maybe', ': egress[1].action: unsupported action "maybe"; egress[1].target: '], ['list', ': must be object']]
+  for (const [name, why] of rows) {
+    const { policy, warning } = await found(name)
+    t.equal(policy, null, name)
+    t.ok(warning?.startsWith(`policy file not used: ${join(directory, name)}${why}`), `${name}: ${warning}`)
   }
-  await t.rejects(readPolicyFile(join(directory, 'folder')), { code: 'EISDIR' })
+  await t.rejects(found('folder'), { message: `the policy file ${join(directory, 'folder')} (OPENSANDBOX_EGRESS_POLICY_FILE) cannot be read: EISDIR: illegal operation on a directory, read` })
+})
+
+t.test('a policy file that the original enforces and we refuse gives way to nothing', async (t) => {
+  const rows: [text: string, why: string][] = [
+    ['{"defaultAction":"block"}', 'defaultAction: unsupported action "block"'],
+    ['{"egress":[{"action":"allow","target":"a.example"},{"target":"*"}]}', 'egress[1].target: "*" is not a target; set defaultAction instead'],
+    ['{"egress":[{"action":"allow","target":"example.com:443"}]}', 'egress[0].target: "example.com:443" has a port, which is not part of a target'],
+    ['{"egress":[{"action":"allow","target":"a.example","ports":[443]}]}', 'egress[0].ports: is not a known key'],
+    ['{"egress":[{"target":"a.example"}],"Egress":[]}', 'Egress: egress stands here in two spellings'],
+  ]
+  const directory = t.testdir({})
+  const path = join(directory, 'policy.json')
+  for (const [text, why] of rows) {
+    writeFileSync(path, text)
+    await t.rejects(readPolicyFile(path), { message: `the policy file ${path} is refused, and left as it is: ${why}` })
+    t.equal(readFileSync(path, 'utf8'), text)
+  }
 })
 
 t.test('the operator\'s files stand before the user\'s rules', async (t) => {

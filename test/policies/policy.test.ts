@@ -3,7 +3,7 @@ import t from 'tap'
 import { canonicalAddress, isSpecialUse, NetworkTable, readAddress, specialUseNetworks } from '#policies/address.ts'
 import { compilePolicy, type Layers } from '#policies/compile.ts'
 import { decideAddress, decideLearned, decideName } from '#policies/decide.ts'
-import { readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
+import { isTakenByOriginal, readNetworkPolicy, readNetworkRules, type NetworkPolicy } from '#policies/document.ts'
 import { normaliseName, parseTarget, targetKey } from '#policies/host.ts'
 import { allowReasons, denyReasons } from '#policies/verdict.ts'
 import { randomOf } from '../support/random.ts'
@@ -39,6 +39,8 @@ t.test('documents that are refused, every problem with its path', async (t) => {
     [{ egress: [{ action: 'allow', target: 7 }] }, ['networkPolicy.egress[0].target'], /string/],
     [{ defaultAction: 'allow', egres: [{ target: 'a.example' }] }, ['networkPolicy.egres'], /^is not a known key$/],
     [{ egress: [{ action: 'allow', target: 'a.example', port: 443, protocol: 'tcp' }, { target: 'b.example', Ports: [22] }] }, ['networkPolicy.egress[0].port', 'networkPolicy.egress[0].protocol', 'networkPolicy.egress[1].Ports'], /^is not a known key$/],
+    [{ defaultAction: 'allow', egress: [{ target: '10.0.0.0/8' }], EGRESS: [] }, ['networkPolicy.EGRESS'], /^egress stands here in two spellings$/],
+    [{ DefaultAction: 'deny', egress: [{ target: 'a.example', Target: 'b.example' }, { action: 'deny', ACTION: 'allow', target: '*' }], defaultaction: 'allow' }, ['networkPolicy.defaultaction', 'networkPolicy.egress[0].Target', 'networkPolicy.egress[1].ACTION'], /^(defaultAction|target|action) stands here in two spellings$/],
     [JSON.parse('{"__proto__":{"defaultAction":"allow"}}'), ['networkPolicy.__proto__'], /^is not a known key$/],
   ]
   for (const [value, paths, reason] of rows) {
@@ -46,6 +48,18 @@ t.test('documents that are refused, every problem with its path', async (t) => {
     t.same(result.ok ? [] : result.problems.map((p) => p.path), paths, JSON.stringify(value))
     if (!result.ok) for (const problem of result.problems) t.match(problem.reason, reason)
   }
+})
+
+t.test('documents that the original enforces, also where we refuse them', async (t) => {
+  const rows: [value: unknown, taken: boolean, ours: boolean][] = [
+    [undefined, true, true], [null, true, true], [{}, true, true], [{ defaultAction: null, egress: null }, true, true], [{ EGRESS: [{ Action: ' Allow ', target: 'a.example' }] }, true, true],
+    [{ egress: [{ target: '*' }] }, true, false], [{ egress: [{ action: 'allow', target: 'example.com:443' }] }, true, false], [{ egress: [{ action: 'allow', target: 'a.example', ports: [443] }] }, true, false],
+    [{ defaultAction: 'block' }, true, false], [{ egres: 7 }, true, false], [{ egress: [], Egress: [] }, true, false],
+    [[], false, false], ['x', false, false], [7, false, false], [false, false, false], [{ defaultAction: 7 }, false, false], [{ egress: {} }, false, false], [{ egress: ['x'] }, false, false], [{ egress: [null] }, false, false], [{ egress: [[]] }, false, false],
+    [{ egress: [{ action: 7, target: 'a.example' }] }, false, false], [{ egress: [{ target: 7 }] }, false, false], [{ egress: [{ target: ' ' }] }, false, false],
+    [{ egress: [{ target: '*' }, { action: 'maybe', target: 'a.example', ports: [443] }] }, false, false],
+  ]
+  for (const [value, taken, ours] of rows) t.same([isTakenByOriginal(value), readNetworkPolicy(value).ok], [taken, ours], JSON.stringify(value))
 })
 
 t.test('paths of a document that is a whole body', async (t) => {
@@ -60,7 +74,7 @@ t.test('as many wildcards as an operator may have', async (t) => {
 t.test('the same target', async (t) => {
   const rows: [a: string, b: string, same: boolean][] = [
     ['Example.com.', 'example.com', true], ['*.BÜCHER.example', '*.xn--bcher-kva.example.', true], ['example.com', '*.example.com', false],
-    ['1.1.1.1', '1.1.1.1/32', false], ['FD00::1', ' fd00::1', true], ['a..b', 'A..B ', true],
+    ['1.1.1.1', '1.1.1.1/32', true], ['1.1.1.1', '::ffff:1.1.1.1', true], ['FD00::1', ' fd00:0::1/128', true], ['10.1.2.3/8', '10.0.0.0/8', true], ['10.0.0.0', '10.0.0.0/8', false], ['10.0.0.0/8', '10.0.0.0/9', false], ['a..b', 'A..B ', true],
   ]
   for (const [a, b, same] of rows) t.equal(targetKey(a) === targetKey(b), same, `${a}, ${b}`)
 })
@@ -68,6 +82,7 @@ t.test('the same target', async (t) => {
 t.test('bare rules (PATCH)', async (t) => {
   t.same(readNetworkRules([{ action: 'allow', target: 'a.b' }]), { ok: true, rules: [{ action: 'allow', target: 'a.b' }] })
   t.match(readNetworkRules([{ action: 'allow', target: 'a.b', port: 443 }]), { ok: false, problems: [{ path: 'rules[0].port', reason: 'is not a known key' }] })
+  t.match(readNetworkRules([{ action: 'allow', target: 'a.b' }, { action: 'deny', Action: 'allow', target: 'c.d' }], ''), { ok: false, problems: [{ path: '[1].Action', reason: 'action stands here in two spellings' }] })
   t.match(readNetworkRules({}), { ok: false, problems: [{ path: 'rules' }] })
   t.match(readNetworkRules([{ target: '*' }]), { ok: false, problems: [{ path: 'rules[0].target', reason: /defaultAction/ }] })
 })
@@ -88,6 +103,7 @@ t.test('targets', async (t) => {
   for (const [text, kind, value] of rows) {
     const target = parseTarget(text)
     t.equal('problem' in target ? 'refused' : target.kind, kind, JSON.stringify(text))
+    if ('problem' in target) t.equal(target.problem.endsWith('(an international name can be written in A-labels, xn--…)'), /[^\0-\x7f]/.test(text), `${text}: whether A-labels are the way out`)
     if (!('problem' in target)) t.equal(target.value, value)
   }
 })

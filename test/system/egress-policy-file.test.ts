@@ -77,3 +77,13 @@ t.test('the policy file stands before the rules of the environment, and stays as
     await sidecar.end('SIGKILL')
   }
 })
+
+t.test('one that the original enforces and we refuse is no start: what the environment says may be wider', async (t) => {
+  const written = '{"egress":[{"action":"allow","target":"198.18.1.1","ports":[443]}]}'
+  const file = join(t.testdir({ 'policy.json': written }), 'policy.json')
+  await using space = await createNamespaces()
+  const message = `the policy file ${file} is refused, and left as it is: egress[0].ports: is not a known key`
+  await t.rejects(space.startSidecar({ OPENSANDBOX_EGRESS_RULES: '{"defaultAction":"allow"}', OPENSANDBOX_EGRESS_POLICY_FILE: file }), { message: new RegExp(`^exit 1: .*${RegExp.escape(message)}`, 's') })
+  t.same((await space.ask({ connect: '198.18.1.1' }, { connect: '198.18.2.2' })).filter(({ result }) => result === 'open'), [], 'nothing is open')
+  t.equal(readFileSync(file, 'utf8'), written)
+})
