@@ -28,6 +28,9 @@ export type AdminDeps = {
 export type Admin = { readonly port: number; close(): Promise<void> }
 
 type Response = { readonly status: number; readonly body: string; readonly headers?: Readonly<Record<string, string>> }
+/** Connections, the oldest first, each with the last request on it that may be served. */
+type Places = Map<Socket, IncomingMessage | null>
+type Seats = { readonly places: Places; readonly insiders: WeakSet<Socket> }
 type Route = { readonly auth: boolean; readonly methods: Readonly<Record<string, (request: IncomingMessage) => Response | Promise<Response>>> }
 
 const maxBodyBytes = 1 << 20
@@ -39,24 +42,24 @@ const dnsOnlyWarning = 'mode dns filters names only: connections to addresses ar
 export async function listenAdmin({ host, port }: { host: string; port: number }, deps: AdminDeps, limits = adminLimits): Promise<Admin> {
   const routes = routeTable(deps)
   const { connections, fromInside, ...times } = limits
-  const insiders = new WeakSet<Socket>()
+  const seats: Seats = { places: new Map(), insiders: new WeakSet() }
   const served = new WeakSet<Socket>()
   const server: Server = createServer({ ...times, maxHeaderSize: 16_384 }, (request, response) => {
     const { socket } = request
-    if (insiders.has(socket)) {
+    if (seats.insiders.has(socket)) {
       // One request a connection: 2,600 fit into what is read at once, and each takes kilobytes until all before it are answered.
       if (served.has(socket)) return void socket.destroy()
       served.add(socket)
       response.setHeader('connection', 'close')
     }
-    void respond(request, routes, deps, insiders).then(({ status, body, headers = {} }) => {
+    void respond(request, routes, deps, seats).then(({ status, body, headers = {} }) => {
       if (response.destroyed) return
       response.writeHead(status, { 'content-length': Buffer.byteLength(body), ...headers })
       response.end(request.method === 'HEAD' ? '' : body)
     })
   })
-  server.maxConnections = connections
-  keepSeats(server, fromInside, insiders)
+  // Without a token everybody may do everything: then whoever has said all of it stands before those who say half.
+  giveSeats(server, { connections, fromInside }, seats, (request) => request !== null && (deps.token !== '' || request.complete))
   server.listen(host === '' ? { port } : { port, host })
   await once(server, 'listening')
   return {
@@ -68,12 +71,28 @@ export async function listenAdmin({ host, port }: { host: string; port: number }
   }
 }
 
-/** The sandbox may not take all the places: whoever tightens its policy comes from outside of its namespace. */
-function keepSeats(server: Server, fromInside: number, insiders: WeakSet<Socket>): void {
+/**
+ * The sandbox may not take all the places: whoever tightens its policy comes from outside of its namespace. And no stranger keeps one for long: when all
+ * are taken, the oldest connection goes that has shown no right to its place. A turn of the event loop takes one new connection, and the owner's token is
+ * read a turn or two after his: long before all the others are newer. By address it would not do: behind a published port everybody may have the bridge's.
+ */
+function giveSeats(server: Server, limits: { connections: number; fromInside: number }, { places, insiders }: Seats, entitled: (request: IncomingMessage | null) => boolean): void {
   let inside = 0
+  const makeRoom = (): boolean => {
+    for (const [socket, request] of places) {
+      if (entitled(request)) continue
+      places.delete(socket)
+      socket.destroy()
+      return true
+    }
+    return false
+  }
   server.on('connection', (socket: Socket) => {
-    if (!isFromInside(socket.remoteAddress)) return
-    if (inside >= fromInside) return void socket.destroy()
+    const isInsider = isFromInside(socket.remoteAddress)
+    if ((isInsider && inside >= limits.fromInside) || (places.size >= limits.connections && !makeRoom())) return void socket.destroy()
+    places.set(socket, null)
+    socket.on('close', () => places.delete(socket))
+    if (!isInsider) return
     inside++
     insiders.add(socket)
     socket.on('close', () => inside--)
@@ -128,7 +147,7 @@ function routeTable(deps: AdminDeps): ReadonlyMap<string, Route> {
   ])
 }
 
-async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Route>, deps: AdminDeps, insiders: WeakSet<Socket>): Promise<Response> {
+async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Route>, deps: AdminDeps, { places, insiders }: Seats): Promise<Response> {
   const path = (request.url ?? '').split('?', 1)[0] as string
   const route = routes.get(path)
   if (route === undefined) return fail(404, '404 page not found')
@@ -140,6 +159,7 @@ async function respond(request: IncomingMessage, routes: ReadonlyMap<string, Rou
       deps.unauthorized(insiders.has(request.socket) ? 'inside' : 'outside')
       return fail(401, 'unauthorized')
     }
+    places.set(request.socket, request)
   }
   const work = route.methods[request.method ?? ''] ?? route.methods['*']
   if (work === undefined) return fail(405, 'method not allowed', { allow: Object.keys(route.methods).join(', ') })

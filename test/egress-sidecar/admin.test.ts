@@ -7,7 +7,7 @@ import type { NetworkPolicy } from '#policies/document.ts'
 import { compilePolicy } from '#policies/compile.ts'
 import { adminLimits, isFromInside, listenAdmin, type AdminDeps } from '../../egress-sidecar/admin.ts'
 import { createAlwaysFiles } from '../../egress-sidecar/always-files.ts'
-import { createPolicyKeeper, PolicyRefusal, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
+import { createPolicyKeeper, PolicyRefusal, type Change, type PolicyKeeper } from '../../egress-sidecar/policy-keeper.ts'
 import { eventually } from '../support/program.ts'
 
 type Answer = { status: number; headers: Record<string, unknown>; text: string }
@@ -120,8 +120,8 @@ t.test('what a policy comes to', async (t) => {
 })
 
 /** A policy API to which a test speaks bytes of its own. */
-async function speakers(t: Test, limits: Partial<typeof adminLimits>) {
-  const { call, port } = await setUp(t, {}, limits)
+async function speakers(t: Test, limits: Partial<typeof adminLimits>, given: Partial<AdminDeps> = {}) {
+  const { call, port } = await setUp(t, given, limits)
   const speak = async (text: string): Promise<Socket> => {
     const socket = connect(port, '127.0.0.1').on('error', () => undefined)
     await once(socket, 'connect')
@@ -129,7 +129,7 @@ async function speakers(t: Test, limits: Partial<typeof adminLimits>) {
     return socket.resume()
   }
   // `once` would take a reset for a failure.
-  const closing = (socket: Socket): Promise<void> => new Promise((resolve) => void socket.once('close', () => resolve()))
+  const closing = (socket: Socket): Promise<void> => new Promise((resolve) => void (socket.closed ? resolve() : socket.once('close', () => resolve())))
   return { call, speak, closing }
 }
 
@@ -156,9 +156,37 @@ t.test('the limits that hold when nothing else is said', async (t) => {
   t.match(adminLimits, { headersTimeout: 5000, requestTimeout: 10_000, keepAliveTimeout: 5000, connections: 128, fromInside: 64 })
 })
 
-t.test('and there are only so many places at all', async (t) => {
-  const { call, speak, closing } = await speakers(t, { connections: 4 })
-  await fillsUp(t, { call, speak, closing }, 4)
+t.test('when all places are taken, the oldest goes that has shown no right to its own', async (t) => {
+  for (const token of ['secret', '']) {
+    const works: (() => void)[] = []
+    const change = (): Promise<Change> => new Promise((resolve) => works.push(() => resolve({ policy: { defaultAction: 'deny', egress: [] }, rules: [] })))
+    const { speak, closing } = await speakers(t, { connections: 4 }, { token, keeper: () => ({ ...realKeeper(t), put: change }) })
+    const head = `POST /policy HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n${token === '' ? '' : `opensandbox-egress-auth: ${token}\r\n`}\r\n`
+    const owner = await speak(`${head}{}`)
+    let heard = ''
+    owner.on('data', (part: Buffer) => (heard += part.toString()))
+    await eventually('his request is served', async () => works.length === 1 || undefined)
+    const slow = token === '' ? null : await speak(head)
+    const strangers: Socket[] = []
+    const texts = ['', 'POST /policy HTTP/1.1\r\nhost: x\r\n', 'POST /policy HTTP/1.1\r\nhost: x\r\nopensandbox-egress-auth: wrong\r\n', ...(token === '' ? [head] : [])]
+    const kept = slow === null ? 3 : 2
+    for (let i = 0; i < 20; i++) {
+      strangers.push(await speak(texts[i % texts.length]!))
+      if (i >= kept) await closing(strangers[i - kept]!)
+      t.same(strangers.slice(Math.max(0, i - kept + 1)).filter(({ closed }) => closed), [], `${i}: the others stay`)
+    }
+    t.notOk(owner.closed || slow?.closed, 'so does who may')
+    slow?.write('{}')
+    for (let count = slow === null ? 2 : 3; count <= 4; count++) {
+      await speak(`${head}{}`)
+      await eventually('served, too', async () => works.length === count || undefined)
+    }
+    await closing(await speak(`${head}{}`))
+    t.equal(works.length, 4, 'who may is not turned out by another who may')
+    for (const done of works) done()
+    await closing(owner)
+    t.match(heard, /^HTTP\/1.1 200 /, 'and all of them are answered')
+  }
 })
 
 t.test('who comes from inside', async (t) => {

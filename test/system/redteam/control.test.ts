@@ -2,6 +2,8 @@
  * The sidecar itself: its policy API, which shares the loopback with the sandbox, its rules, which stand in the sandbox's namespace, and its
  * places, which come free when it dies.
  */
+import { spawn } from 'node:child_process'
+import { once } from 'node:events'
 import { execa } from 'execa'
 import t, { type Test } from 'tap'
 import { request } from 'undici'
@@ -13,7 +15,7 @@ import { fetchThrough, openDoor } from '#test/support/doors.ts'
 import { startInternet, type Internet } from '#test/support/internet.ts'
 import { eventually } from '#test/support/program.ts'
 import { startStack, type Sandbox, type Stack } from '#test/support/stack.ts'
-import { cloneGroup, policyToken } from './group.ts'
+import { changePolicy, cloneGroup, policyToken } from './group.ts'
 import { fire, ownName, ownPlace, resolver } from './range.ts'
 
 await needs('root', 'docker', 'nft', 'iptables', 'netns', 'curl')
@@ -108,6 +110,17 @@ t.test('the policy API and the rules, from inside', async (t) => {
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
+t.test('strangers at the policy API, who come again whenever they are cut off', async (t) => {
+  await using internet = await startInternet({ zones })
+  await using stack = await startStack({ internet })
+  const guarded = await stack.create({ networkPolicy })
+  using strangers = spawn(process.execPath, ['-e', crowd, guarded.address], { stdio: ['ignore', 'pipe', 'inherit'] })
+  await once(strangers.stdout, 'data')
+  const through: string[] = []
+  for (let i = 0; i < 20; i++) through.push(await changePolicy(guarded, 'PATCH', [{ action: i % 2 === 0 ? 'allow' : 'deny', target: '198.18.0.9' }]).then(() => 'changed', String))
+  t.same(through, Array(20).fill('changed'), 'each of 20 changes of the owner comes through')
+})
+
 t.test('the places of a dead sidecar', async (t) => {
   await using internet = await startInternet({ zones })
   await using stack = await startStack({ internet })
@@ -143,6 +156,15 @@ t.test('the places of a dead sidecar', async (t) => {
     return { seen: packetsTo(await internet.flows(), place) + questionsFor(await internet.questions(), name), said }
   }
 })
+
+/** 200 loops that say half a head; tells when they are more than all the places. */
+const crowd = `
+let made=0
+const again=()=>{
+  const s=require("node:net").connect(18080,process.argv[1],()=>{ s.write("POST /policy HTTP/1.1\\r\\nhost: x\\r\\n"); if(++made===1000) console.log("crowded") })
+  s.on("error",()=>{}).on("close",again).resume()
+}
+for(let i=0;i<200;i++) again()`
 
 /** Takes the sidecar's ports the moment they are free, answers its questions, and tries the way out without a pause. */
 const squatter = `
