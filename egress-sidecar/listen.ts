@@ -79,7 +79,8 @@ async function listenUdp(address: string, port: number, handler: Handler, limits
 
 async function listenTcp(address: string, port: number, handler: Handler, limits: Limits): Promise<{ close(): void }> {
   const sockets = new Set<TcpSocket>()
-  const server: Server = createServer((socket) => {
+  // Who has asked may close his side, and still waits for the answer.
+  const server: Server = createServer({ allowHalfOpen: true }, (socket) => {
     sockets.add(socket)
     socket.on('close', () => sockets.delete(socket))
     serveTcp(socket, handler, limits)
@@ -100,11 +101,16 @@ function serveTcp(socket: TcpSocket, handler: Handler, limits: Limits): void {
   let received = Buffer.alloc(0)
   let served = 0
   let busy = false
+  let asked = false
   socket.setTimeout(limits.tcpIdleMs, () => socket.destroy())
   socket.on('error', () => socket.destroy())
   socket.on('data', (chunk) => {
     received = received.length === 0 ? chunk : Buffer.concat([received, chunk])
     void work()
+  })
+  socket.on('end', () => {
+    asked = true
+    if (!busy) socket.end()
   })
 
   async function work(): Promise<void> {
@@ -123,7 +129,8 @@ function serveTcp(socket: TcpSocket, handler: Handler, limits: Limits): void {
       else if (!socket.write(Buffer.concat([lengthOf(reply), reply]))) await taken(socket)
     }
     busy = false
-    if (!socket.destroyed) socket.resume()
+    if (asked) socket.end()
+    else if (!socket.destroyed) socket.resume()
   }
 }
 

@@ -143,3 +143,49 @@ t.test('TCP: whoever waits for our answer is not idle', async (t) => {
   await Promise.race([answered(socket, query.length + 2), socket.ended])
   t.equal(socket.received.length, query.length + 2)
 })
+
+t.test('TCP: who closes his side behind the question gets the answer, and then the end', async (t) => {
+  const handlers: [why: string, handler: Handler][] = [
+    ['at once', echo],
+    ['in a while', (bytes, _transport, done) => void setTimeout(() => done(Buffer.from(bytes)), 300)],
+    ['longer than somebody idle has', (bytes, _transport, done) => void setTimeout(() => done(Buffer.from(bytes)), 900)],
+  ]
+  await Promise.all(handlers.map(async ([why, handler]) => {
+    const { port } = await listen(t, handler, { tcpIdleMs: 600 })
+    for (const count of [1, 3]) {
+      const socket = await open(t, port)
+      socket.end(Buffer.concat(Array.from({ length: count }, () => framed(query))))
+      await socket.ended
+      t.equal(socket.received.length, count * (query.length + 2), `${why}, of ${count}`)
+      t.notOk(socket.errored, 'an end, no reset')
+    }
+  }))
+  const { port } = await listen(t, echo)
+  for (const says of [Buffer.alloc(0), framed(query).subarray(0, 9)]) {
+    const socket = await open(t, port)
+    const begun = performance.now()
+    socket.end(says)
+    await socket.ended
+    t.ok(performance.now() - begun < 3000, `${says.length} bytes of a question: nothing to wait for`)
+  }
+})
+
+t.test('TCP: connections closed on one side do not gather', async (t) => {
+  const big = Buffer.alloc(60_000)
+  const { port } = await listen(t, (_bytes, _transport, done) => done(big), { tcpConnections: 2, tcpIdleMs: 400 })
+  const held = await Promise.all([1, 2].map(() => open(t, port)))
+  for (const socket of held) {
+    socket.pause()
+    socket.end(Buffer.concat(Array.from({ length: 128 }, () => framed(query))))
+  }
+  // They read nothing, so that nothing tells us of their end but a place that is free again.
+  for (const begun = performance.now(); ;) {
+    const next = await open(t, port)
+    next.write(framed(query))
+    const served = await Promise.race([answered(next, 2).then(() => true, () => false), next.ended.then(() => false)])
+    const took = performance.now() - begun
+    if (!served && took < 5000) continue
+    t.ok(served, `their places are free after ${took.toFixed(0)} ms`)
+    break
+  }
+})
