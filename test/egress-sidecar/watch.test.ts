@@ -99,13 +99,12 @@ t.test('one line for each question', async (t) => {
   }
 })
 
-t.test('of more questions than 100 in a second the rest is counted, and told', async (t) => {
+t.test('of more than 100 of a kind in a second the rest is counted, and told', async (t) => {
   const file = join(t.testdir({}), 'log')
   let now = 5_000_300
   t.intercept(Date, 'now', { value: () => now })
   const log = createLog({ level: 'info', outputs: [file], sandboxId: '', attributes: new Map() })
-  for (let i = 0; i < 70; i++) log.outcome(outcome)
-  for (let i = 0; i < 70; i++) log.limited('egress.webhook', 'limited')
+  for (let i = 0; i < 140; i++) log.outcome(outcome)
   log.event('info', 'egress.test', 'a line of its own')
   t.equal(linesOf(file).length, 101, 'whatever the sandbox cannot cause is never left out')
   now += 699
@@ -120,6 +119,29 @@ t.test('of more questions than 100 in a second the rest is counted, and told', a
   now += 1000
   log.outcome(outcome)
   t.equal(linesOf(file).length, 104, 'nothing was left out, nothing is told')
+})
+
+t.test('nobody hides one kind of line behind another', async (t) => {
+  const file = join(t.testdir({}), 'log')
+  t.intercept(Date, 'now', { value: () => 9000 })
+  const log = createLog({ level: 'info', outputs: [file], sandboxId: '', attributes: new Map() })
+  const kinds: [kind: string, tell: () => void][] = [
+    ['egress.outbound', () => log.outcome(outcome)],
+    ['egress.denied', () => log.outcome(denied)],
+    ['egress.outbound no-upstream', () => log.outcome({ ...outcome, result: 'no-upstream' })],
+    ...['egress.unauthorized', 'egress.webhook', 'egress.heartbeat'].map((event): [string, () => void] => [event, () => log.limited(event, 'limited')]),
+  ]
+  for (const [, tell] of kinds) for (let i = 0; i < 120; i++) tell()
+  // The failed ones have one budget, whatever the failure.
+  log.outcome({ ...outcome, result: 'bad-answer' })
+  const counts = new Map<string, number>()
+  for (const line of linesOf(file)) {
+    const kind = [line['opensandbox.event'], line['error'] ?? ''].join(' ').trim()
+    counts.set(kind, (counts.get(kind) ?? 0) + 1)
+  }
+  t.same([...counts], kinds.map(([kind]) => [kind, 100]), 'each has its own, bounded')
+  log.flush()
+  t.match(linesOf(file).at(-1), { 'opensandbox.event': 'egress.lines_dropped', dropped: 121 })
 })
 
 t.test('what was left out is told a second later when nobody asks any more, and at the end', async (t) => {
