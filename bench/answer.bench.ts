@@ -25,7 +25,7 @@ export const bench: Micro = {
 
 async function depsWith(reply: Buffer): Promise<AnswerDeps> {
   const rules = compilePolicy({ defaultAction: 'deny', egress: Array.from({ length: 64 }, (_, index) => ({ action: 'allow', target: index === 0 ? '*.some-host.example' : `other${index}.example` })) })
-  const setting = { filter: true, ipv6: true, exemption: { match: 'meta mark 1', protocols: ['udp'] }, upstreams: [{ address: '198.51.100.53', port: 53 }], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false } as const
+  const setting = { filter: true, ipv6: true, exemption: { match: 'meta mark 1', protocols: ['udp'] }, upstreams: [{ address: '198.51.100.53', port: 53 }], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 18080 } as const
   const now = (): number => performance.now()
   const mayOpen = createAddressJudge([])
   const firewall = await createFirewall(rules, { nft: { apply: async () => '', list: async () => '', close: () => undefined }, setting, mayOpen, now, firstGeneration: 1, lost: () => undefined })

@@ -1,6 +1,7 @@
 /**
  * Rules to nft statements. Pure. One table of our own, `inet opensandbox`, IPv4 and IPv6 alike:
  *
+ *   api_in, api_out (prerouting, output, -300)    a table of connections that somebody fills does not keep the policy's owner out
  *   arrive  (prerouting, -150)                    marks connections that somebody outside began
  *   nat     (output, -110, before Docker's own)   port 53 of the namespace goes to our listener
  *   egress  (output, 0, drop)                     what leaves: deny sets, then learned addresses, then allow sets
@@ -38,6 +39,8 @@ export type RulesetInput = {
   readonly doh: DohBlock
   /** Does the sidecar go to a place that `controlStatements` names? */
   readonly control: boolean
+  /** Of the policy API; 0: nobody knows it. */
+  readonly apiPort: number
   /** Connections seen under this policy carry it, 1 to 2^31-1: an idle one outlives its address's lease, but not its policy. */
   readonly generation: number
 }
@@ -73,11 +76,18 @@ const inbound = '0x80000000'
 const repliesToOutside = `meta l4proto tcp ct state established ct direction reply ct mark ${inbound} accept`
 
 /**
- * Anybody may bind an IPv6 socket to an address that is not there (IPV6_FREEBIND), and over the loopback nobody looks at the source: our own
- * sockets would take its datagrams for the resolver's. IPv4 is looked at by the kernel. Only UDP: the resets of `denied` come from afar, too.
+ * Anybody may bind an IPv6 socket to an address that is not there (IPV6_FREEBIND), and a `connect` that fails writes such a source on the IPv4
+ * datagram that its socket holds back (UDP_CORK): our own sockets would take it for the resolver's answer. Not TCP: the resets of `denied` come from
+ * afar, too. Dropped: an error message would go to that source.
  */
-const foreignSource = 'meta nfproto ipv6 meta l4proto udp fib saddr type != local'
+const foreignSource = 'meta l4proto { udp, udplite } fib saddr type != local'
+/**
+ * What the policy API says to the outside, of whose connections the kernel keeps no table. Nobody else can have the port as long as the sidecar
+ * lives, nor begin anything from it.
+ */
+const apiAnswers = (port: number): string[] => (port === 0 ? [] : [`oif != "lo" tcp sport ${port} tcp flags & (fin | syn | rst | ack) != syn ${whileAlive} accept`])
 const stays = 'oif "lo" goto inside'
+const whileAlive = 'meta l4proto @alive'
 const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr ::1 drop']
 
 const table = 'inet opensandbox'
@@ -123,6 +133,11 @@ export function bootStatements(apiPort: number): string[] {
     ...leaving.map((rule) => `add rule ${table} leave ${rule}`),
     `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
     `add rule ${table} arrive tcp flags & (fin | syn | rst | ack) == syn iif != "lo" ct state new ct mark set ${inbound}`,
+    ...(apiPort === 0 ? [] : [
+      `add chain ${table} api_in { type filter hook prerouting priority -300; policy accept; }`, `add rule ${table} api_in iif != "lo" tcp dport ${apiPort} notrack`,
+      `add chain ${table} api_out { type filter hook output priority -300; policy accept; }`, `add rule ${table} api_out oif != "lo" tcp sport ${apiPort} notrack`,
+    ]),
+    ...apiAnswers(apiPort).map((rule) => `add rule ${table} egress ${rule}`),
     `add rule ${table} egress ${repliesToOutside}`,
     `add rule ${table} egress ${foreignSource} drop`,
     `add rule ${table} egress ${stays}`,
@@ -266,7 +281,8 @@ function socketRules({ held, exemption: { match } }: RulesetInput): string[] {
   const holding = families.filter((f) => held[f.n].length > 0)
   // A program may be given one of our ports on a loopback address, which leads to none of our sockets. Where ports are all there is, it cannot.
   const but = (f: Family, side: 'saddr' | 'daddr'): string => (match === null ? '' : `${f.ip} ${side} != ${f.loopback} `)
-  const heard = holding.map((f) => `oif "lo" meta nfproto ipv${f.n} ${but(f, 'daddr')}udp dport ${portSet(held[f.n])} drop`)
+  // Whatever way it takes: a datagram for our own address may go out first, and the host send it back.
+  const heard = holding.map((f) => `meta nfproto ipv${f.n} ${but(f, 'daddr')}udp dport ${portSet(held[f.n])} fib daddr type != unicast drop`)
   return match === null ? heard : [...heard, `${match} return`, ...holding.map((f) => `${but(f, 'saddr')}udp sport ${portSet(held[f.n])} drop`)]
 }
 
@@ -289,8 +305,6 @@ function exemptRules({ exemption, upstreams, held, openResolvers, control }: Rul
   return [...own, ...openResolvers.map((address) => `${familyOf(address).ip} daddr ${address} meta l4proto { tcp, udp } th dport 53 accept`)]
 }
 
-const whileAlive = 'meta l4proto @alive'
-
 function toUpstream({ match }: Exemption, held: HeldPorts, { address, port }: Upstream, protocol: 'udp' | 'tcp'): string {
   return `${match ?? `udp sport ${portSet(held[familyOf(address).n])}`} ${familyOf(address).ip} daddr ${address} ${protocol} dport ${port} ${whileAlive}`
 }
@@ -301,24 +315,27 @@ const deniedRules = ['counter name "denied"', 'meta l4proto tcp reject with tcp 
 // Docker's resolver also listens on a random port of 127.0.0.11, which no redirect of port 53 sees.
 const notDockerResolver = `ip daddr ${dockerResolver} goto denied`
 
+const discovery = 'icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit }'
+
 /** Whoever asks is redirected: only what is exempt still goes to this port. */
 const notRedirected = 'th dport 53 meta l4proto { tcp, udp } goto denied'
 
 /** Mode `dns`: names are filtered, addresses are not. */
 function nameOnlyRules(): string[] {
-  return [notDockerResolver, `${foreignSource} goto denied`, toSockets, stays, 'jump exempt', notRedirected]
+  return [notDockerResolver, `${foreignSource} counter name "denied" drop`, toSockets, stays, 'jump exempt', notRedirected]
 }
 
-function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, shut: readonly string[]): string[] {
+function filterRules({ rules, ipv6, doh, generation, upstreams, apiPort }: RulesetInput, shut: readonly string[]): string[] {
   // A resolver on another port than 53 is not redirected: an allowed name that leads to its address must not open it.
   const upstreamsClosed = upstreams.filter((u) => u.port !== 53).map((u) => `${familyOf(u.address).ip} daddr ${u.address} meta l4proto { tcp, udp } th dport ${u.port} goto denied`)
   const mark = `0x${generation.toString(16)}`
   const renew = (f: Family): string => `${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s }`
   const list: string[] = [
+    ...apiAnswers(apiPort),
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
     repliesToOutside,
     notDockerResolver,
-    `${foreignSource} goto denied`,
+    `${foreignSource} counter name "denied" drop`,
     toSockets,
     stays,
     // A connection that the sandbox began and that has this policy's mark went all the way down, and with the same addresses and ports it would
@@ -330,7 +347,8 @@ function filterRules({ rules, ipv6, doh, generation, upstreams }: RulesetInput, 
   if (ipv6) {
     list.push(`ip6 daddr ::1 meta l4proto { tcp, udp } th dport ${dnsPort} accept`)
     // Without neighbour discovery (hop limit 255 keeps it on the link, RFC 4861 7.1.1) no IPv6 address is reachable at all.
-    list.push('ip6 hoplimit 255 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept')
+    // The kernel's own has no user; others would send it to anybody, since only its receiver looks at the hop limit.
+    list.push(`${discovery} meta skuid >= 0 goto denied`, `ip6 hoplimit 255 ${discovery} accept`)
   }
   list.push('jump exempt', notRedirected, ...upstreamsClosed)
   if (!ipv6) list.push('meta nfproto ipv6 goto denied')

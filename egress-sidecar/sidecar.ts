@@ -127,7 +127,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
     if (found.warning !== null) log.event('warn', 'egress.policy_file', found.warning)
     const policy = found.policy ?? config.rules
     const rules = compilePolicy(policy, { alwaysDeny: always.deny, alwaysAllow: always.allow, floor: config.floor })
-    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, held: asking.ports, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null }
+    const setting = { filter, ipv6, exemption, upstreams: config.upstreams, openResolvers: config.openResolvers, held: asking.ports, doh: { everywhere: config.blockDoh && config.dohAddresses.length === 0, addresses: config.blockDoh ? config.dohAddresses : [] }, control: config.denyWebhook !== null, apiPort: config.http.port }
     const mayOpen = createAddressJudge([...config.upstreams.map((upstream) => upstream.address), ...knownResolvers, ...(config.blockDoh ? config.dohAddresses : [])])
     const guard = (firewall = await createFirewall(rules, { nft: kernel, setting, mayOpen, now, firstGeneration: randomInt(1, 0x7fffffff), lost: (reason) => {
       // So that closing shuts everything.

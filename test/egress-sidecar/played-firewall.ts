@@ -6,7 +6,7 @@ import { createAddressJudge } from '../../egress-sidecar/judge.ts'
 import { fakeNft } from './fake-nft.ts'
 
 export const allow = (...targets: string[]): Rules => compilePolicy({ defaultAction: 'deny', egress: targets.map((target): NetworkRule => ({ action: 'allow', target })) })
-export const setting = { filter: true, ipv6: true, exemption: { match: 'meta mark 0x1ee7', protocols: ['udp', 'tcp'] as const }, upstreams: [{ address: '198.51.100.53', port: 53 }], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false }
+export const setting = { filter: true, ipv6: true, exemption: { match: 'meta mark 0x1ee7', protocols: ['udp', 'tcp'] as const }, upstreams: [{ address: '198.51.100.53', port: 53 }], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 18080 }
 export const turn = (): Promise<void> => new Promise((resolve) => setImmediate(resolve))
 
 export async function setUp(rules: Rules, now = (): number => 0) {

@@ -96,6 +96,22 @@ t.test('floods', async (t) => {
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
+// The kernel makes room in a full table by giving up connections that nobody has answered. These were, for longer than two seconds.
+t.test('a table of connections that is full to the last place', async (t) => {
+  await using internet = await startInternet({ zones })
+  await using stack = await startStack({ internet })
+  const flooder = await stack.create({ networkPolicy })
+  const ask = (): Promise<number> => request(`http://${flooder.address}:18080/healthz`, { reset: true, headersTimeout: 2000, signal: AbortSignal.timeout(3000) }).then(({ statusCode, body }) => body.dump().then(() => statusCode), () => 0)
+  const filled = Number(await run(flooder, ['fill'], filler))
+  t.ok(filled >= 0.99, `places taken: ${filled}`)
+  t.same(await Promise.all(Array.from({ length: 10 }, ask)), Array(10).fill(200), 'its policy API is reached all the same')
+  const begin = performance.now()
+  const { status } = await stack.api.call('PATCH', `/v1/sandboxes/${flooder.id}/network-policy`, networkPolicy.egress)
+  const took = performance.now() - begin
+  t.ok(status === 200 && took < 1500, `its policy is changed within a second or so: ${status}, ${took.toFixed(0)} ms`)
+  t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
+})
+
 async function flood(t: Test, { internet, stack, flooder, neighbour, quiet }: { internet: Internet; stack: Stack; flooder: Sandbox; neighbour: Sandbox; quiet: number }, program: string, least: number): Promise<void> {
   await internet.forget()
   const used = await processorTime(flooder.sidecar!)
@@ -135,7 +151,7 @@ const served = new RegExp(`^${lookups} of ${lookups}, `)
 const medianOf = (looked: string): number => Number(/ ([\d.]+) ms$/.exec(looked)?.[1] ?? NaN)
 
 /** knock: at the denied place all the time; flood: two threads of it; look: ask and connect, so many times, slowly: all through a flood. */
-async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look' | 'slowly')[], program = ''): Promise<string> {
+async function run(sandbox: Sandbox, what: readonly ('knock' | 'flood' | 'look' | 'slowly' | 'fill')[], program = ''): Promise<string> {
   const { stdout, stderr, code } = await sandbox.run(['python3', '-c', `${prelude}${program}\n${main}`, ...what], 60)
   if (code !== 0) throw new Error(`${what.join()} ended with ${code}: ${stderr}`)
   return stdout.trim()
@@ -145,6 +161,30 @@ const prelude = `
 import os,socket,sys,threading,time
 end=time.time()+${seconds}
 def question(name): return b"\\5\\5\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0"+b"".join(bytes([len(p)])+p.encode() for p in name.split("."))+b"\\0\\0\\1\\0\\1"
+`
+/** Two processes; each has a socket that asks itself at every address of its part of the loopback, answers once, and asks again two seconds later. */
+const filler = `
+import struct
+def read(name): return int(open("/proc/sys/net/netfilter/nf_conntrack_"+name).read())
+def fill(n):
+  one=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); one.bind(("127.0.0.1",7000+n)); one.setblocking(False)
+  other=socket.socket(socket.AF_INET,socket.SOCK_DGRAM); other.bind(("0.0.0.0",6000+n)); other.setblocking(False)
+  for answered in (True,False):
+    for i in range(read("max")//2+1000):
+      place=bytes([127,16+(i>>16)+16*n,i>>8&255,i&255])
+      try:
+        one.sendto(b"x",(socket.inet_ntoa(place),6000+n))
+        if answered: other.sendmsg([b"y"],[(0,8,struct.pack("=I4s4s",0,place,bytes(4)))],0,("127.0.0.1",7000+n))
+      except OSError: pass
+    time.sleep(2.1)
+if "fill" in sys.argv:
+  children=[]
+  for n in range(2):
+    children.append(os.fork())
+    if children[-1]==0:
+      fill(n); os._exit(0)
+  for child in children: os.waitpid(child,0)
+  print(read("count")/read("max"))
 `
 const main = `
 def knock():

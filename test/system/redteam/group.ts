@@ -28,8 +28,9 @@ export type Group = AsyncDisposable & { readonly main: string; readonly sidecar:
 /**
  * A sidecar and a sandbox made with exactly what the server gave its own, except some of the sidecar's environment and without
  * published ports.
+ * @param where the network of Docker's that the sidecar is in
  */
-export async function cloneGroup(network: TestNetwork, stack: Stack, model: Sandbox, environment: Readonly<Record<string, string>>): Promise<Group> {
+export async function cloneGroup(network: TestNetwork, stack: Stack, model: Sandbox, environment: Readonly<Record<string, string>>, where = stack.network): Promise<Group> {
   const like = async (id: string, mode: string, over: Readonly<Record<string, string>>): Promise<string> => {
     const { Config, HostConfig } = await docker.getContainer(id).inspect()
     const kept = Config.Env.filter((entry) => !Object.keys(over).some((name) => entry.startsWith(`${name}=`)))
@@ -37,9 +38,9 @@ export async function cloneGroup(network: TestNetwork, stack: Stack, model: Sand
     const { Image, Entrypoint, Cmd } = Config
     return (await network.run({ Image, Env, Entrypoint: Entrypoint as string[], Cmd, HostConfig: { ...HostConfig, NetworkMode: mode, PortBindings: {} } })).id
   }
-  const sidecar = await like(model.sidecar ?? '', stack.network, environment)
+  const sidecar = await like(model.sidecar ?? '', where, environment)
   const { NetworkSettings } = await docker.getContainer(sidecar).inspect()
-  const address = NetworkSettings.Networks[stack.network]?.IPAddress ?? ''
+  const address = NetworkSettings.Networks[where]?.IPAddress ?? ''
   await eventually('the cloned sidecar is ready', async () => (await request(`http://${address}:18080/healthz`).catch(() => undefined))?.statusCode === 200 || undefined)
   const main = await like(model.main, `container:${sidecar}`, {})
   return {

