@@ -30,7 +30,8 @@ export const guardTable = 'sallyport_host'
 
 /**
  * One transaction, safe to load again and again: sets grow, chains are replaced, counters are kept.
- * - prerouting, before any DNAT: a published port of a neighbour is still an address of the host here.
+ * - prerouting, before any DNAT: a published port of a neighbour is still an address of the host here. A source that does not belong on its bridge
+ *   needs no capability (IP_FREEBIND), and would go out as it is: NAT has rules for the bridge's own addresses only.
  * - input: the same for what arrives without NAT; fib types may be missing, this rule never is.
  * - forward: a handshake that comes back through the NAT of a sandbox's own flow (its namespace may have forgotten the flow, and would
  *   take it for a connection from outside, whose answers no policy holds); the floor by its original address and by the one after NAT;
@@ -51,6 +52,7 @@ export function guardText(guarded: Guarded): string {
   const elements = (table: string, set: string, items: readonly string[]): string[] =>
     items.length === 0 ? [] : [`add element ${table} ${set} { ${items.join(', ')} }`]
   const toResolver = ['ip daddr . meta l4proto . th dport @resolvers4 accept', 'ip6 daddr . meta l4proto . th dport @resolvers6 accept']
+  const foreign = ['meta nfproto ipv4', 'ip6 saddr != ::'].map((some) => `${some} fib saddr . iif oif missing counter name "foreign" drop`)
   return [
     `add table ${t}`,
     `add set ${t} bridges { type ifname; }`,
@@ -63,8 +65,9 @@ export function guardText(guarded: Guarded): string {
     `add counter ${t} to_floor`,
     `add counter ${t} to_neighbour`,
     `add counter ${t} turned`,
+    `add counter ${t} foreign`,
     ...chain(t, 'prerouting', 'prerouting priority -150', [
-      'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'fib daddr type != unicast counter name "to_host" drop',
+      'iifname != @bridges accept', ...foreign, 'ct state established,related accept', ...toResolver, 'fib daddr type != unicast counter name "to_host" drop',
     ]),
     ...chain(t, 'input', 'input priority -10', [
       'iifname != @bridges accept', 'ct state established,related accept', ...toResolver, 'counter name "to_host" drop',

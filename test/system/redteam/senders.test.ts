@@ -87,6 +87,10 @@ t.test('ways to send', async (t) => {
     const { said, seen } = await run(internet, container, known)
     for (const [i, { why }] of known.entries()) t.equal(seen[i], 0, `${why}: nothing arrives from ${where}`, { said: said[i] })
   }
+  const foreign = known.filter(({ words }) => words[0] === 'foreign')
+  const { said, seen } = await run(internet, free.main, foreign)
+  for (const [i, { why }] of foreign.entries()) t.equal(seen[i], 0, `${why}: nothing arrives from a sandbox without a policy, which the host guards`, { said: said[i] })
+  t.equal(foreign.length, 2)
   await t.test('what waits in the kernel when the policy changes', (t) => change(t, internet, guarded))
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
