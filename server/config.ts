@@ -61,6 +61,7 @@ const EgressSchema = Type.Object({
   mode: Type.Union([Type.Literal('dns'), Type.Literal('dns+nft')], { default: 'dns+nft', description: 'dns checks names only and leaves direct addresses open' }),
   disable_ipv6: Type.Boolean({ default: true, description: 'no IPv6 in sandboxes with a policy' }),
   dns_upstreams: Type.Optional(Type.Array(Type.String(), { minItems: 1, description: "resolvers, `address` or `address:port`; default: the host's, loopback stubs resolved; where there are none, a networkPolicy is refused" })),
+  random_case: Type.Boolean({ default: true, description: 'names are asked for in a random case, which a forger must guess; false for domains whose servers do not know them so' }),
   max_rules: Type.Integer({ minimum: 1, default: 4096, description: 'rules a policy may have, also after changes' }),
   cpus: Type.Number({ minimum: 0, default: 1, description: 'processors a sidecar may take, however many questions its sandbox asks; 0 means no limit' }),
   memory_bytes: Type.Integer({ minimum: 33554432, default: 268435456, description: 'memory limit of a sidecar; its heap may take 128 MiB of it' }),

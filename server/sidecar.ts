@@ -36,6 +36,7 @@ export function sidecarSpec(config: Config, instance: string, network: string, r
       `OPENSANDBOX_EGRESS_TOKEN=${record.egress.token}`,
       `OPENSANDBOX_EGRESS_SANDBOX_ID=${record.id}`,
       'OPENSANDBOX_EGRESS_EXEMPTION=auto',
+      ...(config.egress.random_case ? [] : ['OPENSANDBOX_EGRESS_DNS_RANDOM_CASE=off']),
       ...(config.docker.floor.length > 0 ? [`OPENSANDBOX_EGRESS_FLOOR=${config.docker.floor.join(',')}`] : []),
       ...(upstreams.length > 0 ? [`OPENSANDBOX_EGRESS_DNS_UPSTREAM=${upstreams.join(',')}`] : []),
     ],

@@ -36,8 +36,8 @@ async function startEngine(t: Test, answer: object | null): Promise<{ engine: (t
   return { engine, asked }
 }
 
-function specs(): ContainerSpec[] {
-  const config = readToml(gatewayToml)
+function specs(toml = gatewayToml): ContainerSpec[] {
+  const config = readToml(toml)
   const request = readCreateRequest({ ...createBody, ...policyBody }, config, 0)
   const record: SandboxRecord = {
     id: 'a', phase: 'creating', announced: false, reason: null, message: null, createdAt: 0, changedAt: 0, keepUntil: null, expiresAt: null, image: request.image, entrypoint: request.command,
@@ -45,6 +45,11 @@ function specs(): ContainerSpec[] {
   }
   return [sidecarSpec(config, 'i', 'n', record), mainSpec(config, 'i', 'n', record, request, 'owner')]
 }
+
+t.test('names are asked for in a random case unless the operator says otherwise', async (t) => {
+  const told = (toml?: string): string[] => specs(toml)[0]!.env.filter((entry) => entry.includes('RANDOM_CASE'))
+  t.same([told(), told(gatewayToml.replace('[egress]\n', '[egress]\nrandom_case = false\n'))], [[], ['OPENSANDBOX_EGRESS_DNS_RANDOM_CASE=off']])
+})
 
 t.test("what a sandbox prints does not fill the host's disk", async (t) => {
   const { engine, asked } = await startEngine(t, { Id: 'c1' })
