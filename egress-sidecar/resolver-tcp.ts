@@ -4,7 +4,12 @@ import { echoOf } from './echo.ts'
 import type { Upstream } from './ruleset.ts'
 
 /** The reply; `refused` when the upstream has no TCP; null when nothing that fits came within `timeoutMs`. */
-export function askTcp(query: Buffer, questionEnd: number, { address, port }: Upstream, timeoutMs: number): Promise<Buffer | 'refused' | null> {
+export function askTcp(question: Buffer, questionEnd: number, { address, port }: Upstream, timeoutMs: number): Promise<Buffer | 'refused' | null> {
+  // A copy: the question may be answered elsewhere meanwhile, or be asked elsewhere under another id.
+  const framed = Buffer.alloc(2 + question.length)
+  framed.writeUInt16BE(question.length, 0)
+  question.copy(framed, 2)
+  const query = framed.subarray(2)
   return new Promise((resolve) => {
     let received = Buffer.alloc(0)
     const socket = connect({ host: address, port })
@@ -16,12 +21,7 @@ export function askTcp(query: Buffer, questionEnd: number, { address, port }: Up
     }
     socket.on('error', (error: NodeJS.ErrnoException) => end(error.code === 'ECONNREFUSED' ? 'refused' : null))
     socket.on('close', () => end(null))
-    socket.on('connect', () => {
-      const framed = Buffer.alloc(2 + query.length)
-      framed.writeUInt16BE(query.length, 0)
-      query.copy(framed, 2)
-      socket.write(framed)
-    })
+    socket.on('connect', () => socket.write(framed))
     socket.on('data', (chunk) => {
       received = Buffer.concat([received, chunk])
       if (received.length < 2 || received.length < 2 + received.readUInt16BE(0)) return

@@ -28,7 +28,8 @@ const input: RulesetInput = {
   held: { 4: [40000, 40001], 6: [50000] },
   openResolvers: [],
   doh: { everywhere: false, addresses: [] },
-  control: false, apiPort: 18080,
+  control: false,
+  apiPort: 18080,
   generation: 1,
 }
 const allowAll = readNetworkPolicy({ defaultAction: 'allow' })
