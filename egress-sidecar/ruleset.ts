@@ -81,11 +81,13 @@ const repliesToOutside = `meta l4proto tcp ct state established ct direction rep
  * afar, too. Dropped: an error message would go to that source.
  */
 const foreignSource = 'meta l4proto { udp, udplite } fib saddr type != local'
+/** Who has knocked at the policy API from outside lately; longer than its longest request, and than it keeps an idle connection. */
+const apiPeers = { seconds: 60, most: 4096 } as const
 /**
- * What the policy API says to the outside, of whose connections the kernel keeps no table. Nobody else can have the port as long as the sidecar
- * lives, nor begin anything from it.
+ * What the policy API says to the outside, of whose connections the kernel keeps no table: to those only who knocked, for somebody else may have the port
+ * on another address, or have had it before.
  */
-const apiAnswers = (port: number): string[] => (port === 0 ? [] : [`oif != "lo" tcp sport ${port} tcp flags & (fin | syn | rst | ack) != syn ${whileAlive} accept`])
+const apiAnswers = (port: number): string[] => families.map((f) => `oif != "lo" tcp sport ${port} tcp flags & (fin | syn | rst | ack) != syn ${f.ip} daddr . tcp dport @api_peers_v${f.n}`)
 const stays = 'oif "lo" goto inside'
 const whileAlive = 'meta l4proto @alive'
 const leaving = ['oif != "lo" ip daddr 127.0.0.0/8 drop', 'oif != "lo" ip6 daddr ::1 drop']
@@ -133,14 +135,25 @@ export function bootStatements(apiPort: number): string[] {
     ...leaving.map((rule) => `add rule ${table} leave ${rule}`),
     `add chain ${table} arrive { type filter hook prerouting priority -150; policy accept; }`,
     `add rule ${table} arrive tcp flags & (fin | syn | rst | ack) == syn iif != "lo" ct state new ct mark set ${inbound}`,
-    ...(apiPort === 0 ? [] : [
-      `add chain ${table} api_in { type filter hook prerouting priority -300; policy accept; }`, `add rule ${table} api_in iif != "lo" tcp dport ${apiPort} notrack`,
-      `add chain ${table} api_out { type filter hook output priority -300; policy accept; }`, `add rule ${table} api_out oif != "lo" tcp sport ${apiPort} notrack`,
-    ]),
-    ...apiAnswers(apiPort).map((rule) => `add rule ${table} egress ${rule}`),
+    ...(apiPort === 0 ? [] : untrackedStatements(apiPort)),
     `add rule ${table} egress ${repliesToOutside}`,
     `add rule ${table} egress ${foreignSource} drop`,
     `add rule ${table} egress ${stays}`,
+  ]
+}
+
+/** A table of connections that somebody has filled keeps the policy's owner out, unless his are not in it. Beyond `most` peers they are. */
+function untrackedStatements(apiPort: number): string[] {
+  const knocking = `iif != "lo" tcp dport ${apiPort}`
+  return [
+    ...families.map((f) => `add set ${table} api_peers_v${f.n} { type ${f.type} . inet_service; flags dynamic,timeout; timeout ${apiPeers.seconds}s; size ${apiPeers.most}; }`),
+    `add chain ${table} api_in { type filter hook prerouting priority -300; policy accept; }`,
+    `add chain ${table} api_out { type filter hook output priority -300; policy accept; }`,
+    ...families.flatMap((f) => [
+      `add rule ${table} api_in ${knocking} tcp flags & (fin | syn | rst | ack) == syn update @api_peers_v${f.n} { ${f.ip} saddr . tcp sport } notrack accept`,
+      `add rule ${table} api_in ${knocking} ${f.ip} saddr . tcp sport @api_peers_v${f.n} notrack`,
+    ]),
+    ...apiAnswers(apiPort).flatMap((rule) => [`add rule ${table} api_out ${rule} notrack`, `add rule ${table} egress ${rule} accept`]),
   ]
 }
 
@@ -331,7 +344,7 @@ function filterRules({ rules, ipv6, doh, generation, upstreams, apiPort }: Rules
   const mark = `0x${generation.toString(16)}`
   const renew = (f: Family): string => `${f.ip} daddr @dyn_allow_v${f.n} update @dyn_allow_v${f.n} { ${f.ip} daddr timeout ${lease.most}s }`
   const list: string[] = [
-    ...apiAnswers(apiPort),
+    ...(apiPort === 0 ? [] : apiAnswers(apiPort).map((rule) => `${rule} accept`)),
     // Replies to connections from outside (the gateway, health probes), whatever the policy says about the caller's address.
     repliesToOutside,
     notDockerResolver,

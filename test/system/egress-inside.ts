@@ -21,6 +21,8 @@ export type Order = {
   port?: number
   /** Opens a connection that stays. */
   stream?: string
+  /** Its address and port on our side. */
+  from?: { localAddress: string; localPort: number }
   /** Writes to stream number n and waits for the echo. */
   write?: number
 }
@@ -111,7 +113,7 @@ async function obey(order: Order): Promise<Omit<Told, 'ms'>> {
     return { result: await ping(order.flow, order.port, socket) }
   }
   if (order.stream !== undefined) {
-    const socket = connect({ host: order.stream, port: order.port ?? 80 })
+    const socket = connect({ host: order.stream, port: order.port ?? 80, ...order.from })
     socket.on('error', () => socket.destroy())
     await new Promise((resolve) => socket.once('connect', resolve).once('close', resolve))
     return { result: socket.destroyed ? 'closed' : 'open', stream: streams.push(socket) - 1 }
