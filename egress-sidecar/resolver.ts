@@ -62,7 +62,6 @@ const patienceMs = 1200
 const anyClientTakes = 512
 
 const none: readonly never[] = []
-
 class Pending {
   readonly query: Buffer
   readonly questionEnd: number
@@ -114,6 +113,8 @@ type UpstreamState = {
   /** The answer over TCP that is to tell it. */
   proof: Promise<unknown> | null
 }
+
+const keepsCase = (state: UpstreamState): boolean => state.keepsCase
 
 /** Resolves when all sockets are bound. @throws when no upstream can be reached at all */
 export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () => undefined, randomCase = true }: ResolverOptions, now: () => number): Promise<UdpResolver> {
@@ -195,13 +196,16 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
     if (!state.keepsCase) return folded
     const { query, questionEnd } = pending
     const left = Math.min(patienceMs, pending.deadline - now())
-    if (pending.settled || left <= 0) return null
+    if (closed || pending.settled || left <= 0) return null
     const asked = askTcp(query, questionEnd, state.upstream, left)
     state.proof = asked
     const reply = await asked
     state.proof = null
-    if (reply === null) unproven(state.upstream)
-    if (reply === null || pending.settled) return null
+    if (pending.settled) return null
+    if (reply === null) {
+      if (left > patienceMs / 2) unproven(state.upstream)
+      return null
+    }
     const echo = reply === 'refused' ? 'none' : echoOf(reply, query, questionEnd)
     if (echo !== 'exact') state.keepsCase = false
     if (reply === 'refused') return folded
@@ -233,7 +237,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
     pending.id = id
     pending.query.writeUInt16BE(id, 0)
     // The same for all that are asked: an answer of the first is compared with it, also when others were asked since.
-    if (pending.tried === 1) mixAgain(pending, state.keepsCase && tcp() ? (randomId() << 16) | randomId() : 0)
+    if (pending.tried === 1) mixAgain(pending, pending.order.some(keepsCase) && tcp() ? (randomId() << 16) | randomId() : 0)
     transmit(state, channel, pending.query)
     sweeper ??= setInterval(sweep, sweepMs)
   }
@@ -278,7 +282,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
     const time = now()
     if (closed || time >= pending.deadline) settle(pending, pending.failure)
     else if (pending.tried < pending.order.length) send(pending, time)
-    else if (pending.failure !== null || pending.earlier.length === 0) settle(pending, pending.failure)
+    else if (pending.earlier.length === 0) settle(pending, pending.failure)
   }
 
   function settle(pending: Pending, reply: Buffer | null): void {

@@ -3,6 +3,7 @@ import { setTimeout as delay } from 'node:timers/promises'
 import t from 'tap'
 import { askOnce } from '../../egress-sidecar/question.ts'
 import type { Upstream } from '../../egress-sidecar/ruleset.ts'
+import { replyFlags } from './message.ts'
 import { answer, end, query, resolverOf, upstream, type Reply } from './played-upstream.ts'
 
 t.test('a datagram that is lost is sent once more, the same: an answer to either counts', async (t) => {
@@ -29,6 +30,7 @@ t.test('an upstream that is slow, beside others that are no better: its answer i
     ['the second is dead', [await upstream(t, late(1800, '198.51.100.7')), { address: '127.0.0.1', port: 1 }], '198.51.100.7'],
     ['the second is silent', [await upstream(t, late(1800, '198.51.100.7')), await upstream(t, () => undefined)], '198.51.100.7'],
     ['all are as slow: the first one\'s', [await upstream(t, late(3000, '198.51.100.7')), await upstream(t, late(3000, '198.51.100.8')), await upstream(t, late(3000, '198.51.100.9'))], '198.51.100.7'],
+    ['the second refuses', [await upstream(t, late(1800, '198.51.100.7')), await upstream(t, (asked, send) => send(answer(asked, '198.51.100.1', replyFlags | 5)))], '198.51.100.7'],
     ['the second is faster', [await upstream(t, late(1800, '198.51.100.7')), await upstream(t, late(100, '198.51.100.8'))], '198.51.100.8'],
   ]
   await Promise.all(rows.map(async ([why, upstreams, want]) => {
