@@ -44,7 +44,7 @@ const DockerSchema = Type.Object({
   host_guard: Type.Union([Type.Literal('on'), Type.Literal('off')], { default: 'on', description: 'keeps sandboxes off the host, its published ports and the floor by nftables' }),
   floor: Type.Array(Type.String(), { default: ['169.254.0.0/16', '100.100.100.200', '168.63.129.16', 'fd00:ec2::254'], description: 'addresses no sandbox reaches, with or without a policy: cloud metadata' }),
   adopt: Type.Boolean({ default: false, description: "takes over the original server's sandboxes, found by its labels: lists them, ends them on time" }),
-  instance: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', description: 'whose objects these are; default: made from machine, host name and path of a new store, and kept in it' })),
+  instance: Type.Optional(Type.String({ pattern: '^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$', description: 'whose objects these are; default: made from machine, host name and path of a new store, and kept in it; random where there is no machine id, as in most containers: give one there' })),
   api_timeout: Type.Integer({ minimum: 1, default: 180, description: 'seconds a call to the Docker engine may take' }),
   drop_capabilities: Type.Array(Type.String(), {
     default: ['AUDIT_WRITE', 'MKNOD', 'NET_ADMIN', 'NET_RAW', 'SYS_ADMIN', 'SYS_MODULE', 'SYS_PTRACE', 'SYS_TIME', 'SYS_TTY_CONFIG'],

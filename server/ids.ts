@@ -10,10 +10,12 @@ export function newSandboxId(): string {
 
 /**
  * For servers that were given no name of their own: the same again when the store is lost, so that its sandboxes are still ours. Machine and
- * name of the host: containers of one image may share the first, and two servers on one engine must never be one. A digest, because a
- * machine id is not to be shown (machine-id(5)).
+ * name of the host: clones of one machine may share the first, and two servers on one engine must never be one; hence a random name where
+ * there is no machine id, and where the path does not tell one store from another. A digest, because a machine id is not to be shown
+ * (machine-id(5)).
  */
 export function defaultInstance(storePath: string, machine: string = machineId(), host: string = hostname()): string {
+  if (machine === '' || storePath === ':memory:') return randomBytes(8).toString('hex')
   return createHash('sha256').update(JSON.stringify(['sallyport-instance', machine, host, resolve(storePath)])).digest('hex').slice(0, 16)
 }
 

@@ -113,7 +113,8 @@ function refuseUnless200({ status, text }: { status: number; text: string }): vo
 function readFloor({ status, text }: { status: number; text: string }): readonly string[] {
   if (status === 404) return []
   if (status !== 200) throw new Error(`status ${status}: ${shortened(text)}`)
-  return (JSON.parse(text) as Pick<PolicyAnswer, 'floor'>).floor
+  // Absent in sidecars of ours from before.
+  return (JSON.parse(text) as Partial<PolicyAnswer>).floor ?? []
 }
 
 function shortened(text: string): string {
