@@ -30,7 +30,7 @@ async function loop(times: number): Promise<string[][]> {
   })
   await kernel.apply(bootStatements(0))
   const exemption = { match: 'meta mark 0x1ee7', protocols: ['udp', 'tcp'] } as const
-  await kernel.apply(policyStatements({ rules, filter: true, ipv6: true, exemption, upstreams, held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 18080, generation: 1 }))
+  await kernel.apply(policyStatements({ rules, filter: true, ipv6: true, exemption, upstreams, held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 0, generation: 1 }))
   const resolver = await createResolver({ upstreams, timeoutMs: 5000, tcp: () => false }, () => performance.now())
   const found: string[][] = []
   for (let nth = 0; nth < times; nth++) {

@@ -15,7 +15,7 @@ const unused = '198.18.0.2'
 /** Sent to without a pause, though the table cannot see it: its lease is the longest from the start. */
 const busy = Array.from({ length: 64 }, (_, i) => `198.20.0.${i}`)
 const rules = compilePolicy({ defaultAction: 'deny', egress: [{ action: 'allow', target: '*.example' }] })
-const setting = { filter: true, ipv6: false, exemption: { match: 'meta mark 0x1ee7', protocols: ['udp'] as const }, upstreams: [], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 18080 }
+const setting = { filter: true, ipv6: false, exemption: { match: 'meta mark 0x1ee7', protocols: ['udp'] as const }, upstreams: [], held: { 4: [], 6: [] }, openResolvers: [], doh: { everywhere: false, addresses: [] }, control: false, apiPort: 0 }
 
 const nft = createNft()
 await nft.apply(bootStatements(0))
