@@ -4,6 +4,7 @@
  * to the neighbour's interface.
  */
 import { execa } from 'execa'
+import ipaddr from 'ipaddr.js'
 import { networkInterfaces } from 'node:os'
 import t from 'tap'
 import { needs } from '#test/support/abilities.ts'
@@ -56,12 +57,12 @@ t.test('everybody on the link', async (t) => {
   await using stack = await startStack({ internet })
   const sandboxes = await Promise.all(Object.entries(kinds).map(async ([kind, networkPolicy]) => [kind, await stack.create(networkPolicy === undefined ? {} : { networkPolicy })] as const))
   const victim = await stack.create()
-  const tries = (address: string): [why: string, ...words: string[]][] => [
+  const tries = (address: string, broadcast: string): [why: string, ...words: string[]][] => [
     ['multicast DNS', 'group', '224.0.0.251', '5353'],
     ['LLMNR', 'group', '224.0.0.252', '5355'],
     ['a group of the whole site, joined (IGMP)', 'group', '239.255.255.250', '1900'],
     ['limited broadcast', 'group', '255.255.255.255', '67'],
-    ["the network's broadcast", 'group', broadcast(address), '9'],
+    ["the network's broadcast", 'group', broadcast, '9'],
     ['a neighbour by number, TCP', 'tcp', address, '8080'],
     ['a neighbour by number, UDP', 'udp', address, '9'],
     ['a neighbour by number, UDP-Lite', 'protocol', '136', '2', address, '9'],
@@ -70,13 +71,13 @@ t.test('everybody on the link', async (t) => {
     ['ARP for a place beyond the network', 'off_link', '198.51.100.200', '9'],
   ]
   const near = await watchLink(target.id)
-  for (const [why, ...words] of tries(target.address)) {
+  for (const [why, ...words] of tries(target.address, await broadcastOf(target.id))) {
     const said = await fire(plain.id, [words])
     t.ok((await near.take(await hardware(plain.id))) > 0, `${why}: comes to a neighbour's interface between plain containers`, { said })
   }
   const far = await watchLink(victim.main)
   for (const [kind, sandbox] of sandboxes) {
-    const rows = tries(victim.address)
+    const rows = tries(victim.address, await broadcastOf(victim.main))
     const said = await fire(sandbox.main, rows.map(([, ...words]) => words))
     t.equal(await far.take(await hardware(sandbox.main)), 0, `${rows.map(([why]) => why).join('; ')}: no frame comes from a sandbox ${kind}`, { said })
     const { stdout } = await sandbox.run(['cat', '/proc/net/if_inet6'])
@@ -95,9 +96,11 @@ function bridgeAddress(bridge: string): string {
   return networkInterfaces()[bridge]?.find(({ family }) => family === 'IPv4')?.address ?? ''
 }
 
-/** Docker gives a network 65,536 addresses. */
-function broadcast(address: string): string {
-  return `${address.split('.').slice(0, 2).join('.')}.255.255`
+/** Docker gives a network 65,536 addresses while it has such ranges, then 4,096. */
+async function broadcastOf(container: string): Promise<string> {
+  const { NetworkSettings } = await docker.getContainer(container).inspect()
+  const { IPAddress, IPPrefixLen } = Object.values(NetworkSettings.Networks)[0]!
+  return ipaddr.IPv4.broadcastAddressFromCIDR(`${IPAddress}/${IPPrefixLen}`).toString()
 }
 
 async function hardware(container: string): Promise<string> {
