@@ -150,7 +150,7 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
     book.note(entry.leads, name, aliases)
     if (entry.until >= wanted - slackMs) return entry.batch
     next ??= new Batch()
-    if (before !== undefined || unwanted.has(address)) next.known.add(address)
+    if ((before !== undefined && before.batch !== next) || unwanted.has(address)) next.known.add(address)
     strays.delete(address)
     entry.until = wanted
     entry.batch = next
@@ -222,9 +222,10 @@ export async function createFirewall(initial: Rules, { nft, setting, mayOpen, no
       unwanted.add(address)
     }
     strays.clear()
-    // What waits was judged under the old policy and has not reached the kernel.
+    // What waits was judged under the old policy and has not reached the kernel; an address that nobody opened before is as if never heard of.
     if (next !== null) {
       release(next, false)
+      for (const address of next.elements.keys()) if (!next.known.has(address)) forget(address)
       next.settle('stale')
       next = null
     }

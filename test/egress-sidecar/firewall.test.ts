@@ -158,6 +158,31 @@ t.test('a lookup that was judged under the old policy opens nothing under the ne
   await replaced
   t.equal(await firewall.open('a.example', [], ['198.51.100.1'], 60, old), 'stale', 'and later, too')
   t.notMatch(nft.transactions.join('\n'), /198\.51\.100\.1 timeout/)
+  t.equal(firewall.learned, 0, 'and nobody says that it was learned')
+})
+
+t.test('what waits behind a policy change: an address that the kernel has stays in the table, a new one does not', async (t) => {
+  const rules = allow('*.example')
+  let time = 0
+  const { nft, firewall } = await setUp(rules, () => time)
+  await firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
+  time = 50_000
+  nft.hold()
+  const both = allow('*.example', '*.other')
+  const replaced = firewall.replace(both)
+  await turn()
+  const renewed = firewall.open('a.example', [], ['198.51.100.1'], 60, rules)
+  const twice = [60, 120].map((seconds) => firewall.open('b.example', [], ['198.51.100.2'], seconds, rules))
+  await turn()
+  nft.confirm()
+  t.same(await Promise.all([renewed, ...twice]), ['stale', 'stale', 'stale'])
+  await replaced
+  t.equal(firewall.learned, 1)
+  const again = firewall.open('b.example', [], ['198.51.100.1', '198.51.100.2'], 60, both)
+  await turn()
+  nft.confirm()
+  t.equal(await again, 'open')
+  t.match(nft.transactions.at(-1), /delete element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.1 \}; add element inet opensandbox dyn_allow_v4 \{ 198\.51\.100\.1 timeout 60s, 198\.51\.100\.2 timeout 60s \}/, 'the one is renewed, the other is new')
 })
 
 t.test('a lookup that the kernel already took is judged again, and the new policy shuts it', async (t) => {

@@ -180,7 +180,7 @@ t.test('what it says of its work', async (t) => {
   t.equal(await updates(), before + 1, 'the kernel was told of one address')
   t.match(await api(space, 'PATCH', JSON.stringify([{ action: 'deny', target: '198.18.9.0/24' }])), /200$/)
   t.match(await api(space, 'PATCH', '[{"action":"allow","target":"http://x/"}]'), /400$/)
-  const lines = sidecar.log().trim().split('\n').map((line) => JSON.parse(line) as Record<string, unknown>)
+  const lines = (await sidecar.said(/"egress\.update_failed"/)).trim().split('\n').map((line) => JSON.parse(line) as Record<string, unknown>)
   const of = (event: string): object | undefined => lines.find((line) => line['opensandbox.event'] === event)
   t.match(of('egress.loaded'), { level: 'info', msg: 'egress policy loaded', sandbox_id: 'box', logger: 'opensandbox.egress', 'egress.default': 'deny', rules: [{ action: 'allow', target: '*.ok.example' }] })
   t.match(of('egress.outbound'), { level: 'info', msg: 'egress outbound', 'target.host': 'ip-198-18-0-9.ok.example', 'target.ips': ['198.18.0.9'] })

@@ -37,6 +37,8 @@ export interface Namespaces extends AsyncDisposable {
 export type RunningSidecar = {
   readonly pid: number
   log(): string
+  /** Resolves with the log once it has this; a line comes through a pipe, in its own time. */
+  said(line: RegExp): Promise<string>
   /** Its exit code, or the signal that ended it. */
   readonly over: Promise<number | string>
   end(signal: NodeJS.Signals): Promise<number | string>
@@ -116,6 +118,7 @@ export async function createNamespaces({ ipv6 = true, tls = '' }: { ipv6?: boole
       return {
         pid: child.pid ?? 0,
         log: () => log,
+        said: (line) => eventually(`the log has ${line.source}`, async () => (line.test(log) ? log : undefined)),
         over,
         async end(signal) {
           child.kill(signal)

@@ -23,6 +23,7 @@ t.test('settings', async (t) => {
   t.match(await call('GET', '/metrics'), /\{[^}]*team="blue"[^}]*\}/, 'extra labels, at the address of the policy API')
   t.match(await call('PATCH', '/policy', '[{"action":"allow","target":"other.example"}]'), /413$/, 'one rule more than it may have')
   t.match(await call('POST', '/policy', policy('*.ok.example')), /500$/, 'a policy file that cannot be written')
+  await sidecar.said(/"level":"error"[^\n]*"egress\.update_failed"/)
   const log = await eventually('the probe tells which upstream is silent', async () => (sidecar.log().includes(`no answer from ${deadUpstream}`) ? sidecar.log() : undefined), 15)
   t.ok(space.seen.some(({ saw, name }) => saw === 'dns' && name === 'probe.example'), 'probed by the name that was set')
   t.notMatch(log, new RegExp(`no answer from ${outside.v4}|no upstream answers`), 'and not the other one, from the first probe on')
@@ -38,7 +39,7 @@ t.test('what is removed is said', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('a.example', 'b.example') })
   t.match(await space.run('curl', '-s', '-X', 'DELETE', '-d', '["a.example"]', 'http://127.0.0.1:18080/policy'), '"status":"ok"')
-  t.match(sidecar.log(), /"egress\.updated"[^\n]*"change":"delete"[^\n]*"rules":\[\{"action":"allow","target":"a\.example"\}\]/)
+  t.match(await sidecar.said(/"egress\.updated"/), /"egress\.updated"[^\n]*"change":"delete"[^\n]*"rules":\[\{"action":"allow","target":"a\.example"\}\]/)
 })
 
 t.test('who looks for a reason finds it', async (t) => {
@@ -54,7 +55,7 @@ t.test('who looks for a reason finds it', async (t) => {
   t.ok(await counted() >= after, 'whatever policies come')
   t.match(await call('http://127.0.0.1:18080/policy/effective'), `"floor":["${outside.v4}/32"]`)
   await space.run('curl', '-s', '-m', '5', 'http://127.0.0.1:18080/policy')
-  t.match(sidecar.log(), /"egress\.unauthorized"[^\n]*a request from inside/)
+  t.match(await sidecar.said(/"egress\.unauthorized"/), /"egress\.unauthorized"[^\n]*a request from inside/)
 })
 
 t.test('a line of an always file that is none', async (t) => {

@@ -16,7 +16,7 @@ const asked = (space: Namespaces, name: string): boolean => space.seen.some((lin
 t.test('mode dns: names are judged, addresses are open, and it says so', async (t) => {
   await using space = await createNamespaces()
   const sidecar = await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: rules, OPENSANDBOX_EGRESS_MODE: 'dns' })
-  t.match(sidecar.log(), /egress\.dns_only/)
+  await sidecar.said(/egress\.dns_only/)
   const [denied, allowed] = await space.ask({ ask: 'evil.example' }, { ask: 'a.ok.example' })
   t.same([denied?.rcode, allowed?.rcode, asked(space, 'evil.example')], [3, 0, false])
   t.same(await resultsOf(space, { connect: outside.other }, { udp: outside.other }, { connect: outside.other, port: 853 }), ['open', 'echo', 'open'])
