@@ -201,11 +201,11 @@ t.test('attributes are labels of every metric', async (t) => {
     await work()
     const { user, system } = process.cpuUsage(before.used)
     const [want, got] = [(user + system) / 1000 / (performance.now() - before.at), share()]
-    t.ok(Math.abs(got - want) < 0.1, `${what}: ${got.toFixed(2)} of a processor, in truth ${want.toFixed(2)}`)
+    t.ok(Math.abs(got - want) < 0.2, `${what}: ${got.toFixed(2)} of a processor, in truth ${want.toFixed(2)}`)
   }
   await compare('busy', () => {
-    for (const until = performance.now() + 200; performance.now() < until;);
+    for (const until = performance.now() + 600; performance.now() < until;);
   })
-  await compare('not any more', () => new Promise((resolve) => setTimeout(resolve, 200)))
+  await compare('not any more', () => new Promise((resolve) => setTimeout(resolve, 600)))
   t.match(createMetrics(new Map()).text({ learned: 3, rules: 2, elements: 7, updates: 5, refused: 6 }), /\negress_learned_addresses 3\n/)
 })

@@ -91,13 +91,15 @@ const handedOver: [what: string, request: (port: number) => string][] = [
 t.test('a request that takes the connection over never overtakes an answer', async (t) => {
   for (const [what, request] of handedOver) {
     const seen: string[] = []
-    await using upstream = await startHttp((asked, response) => void (seen.push(asked.url as string), setTimeout(() => response.end('first'), 100)))
+    let finish: () => void = () => undefined
+    await using upstream = await startHttp((asked, response) => void (seen.push(asked.url as string), (finish = () => void response.end('first'))))
     await using gateway = await startGateway([{ id: 'a' }])
     const client = new RawClient(gateway.port).send(`GET /first HTTP/1.1\r\nhost: a-${upstream.port}\r\n\r\n`)
     await eventually(() => seen.length === 1, 'the first request arrives')
     client.send(request(upstream.port))
     await client.untilClosed()
     client.close()
+    finish()
     t.equal(client.received, '', `${what} behind an unanswered request: the connection ends, and nothing is taken for the first answer`)
     t.same(seen, ['/first'], what)
     await eventually(() => linesOf(gateway).length === 2, 'both are logged')

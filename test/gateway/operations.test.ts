@@ -310,7 +310,7 @@ t.test('draining: no new connections, the running requests end, then the rest is
     begun()
     finish = () => void response.end('done')
   })
-  const gateway = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 400 })
+  const gateway = await startGateway([{ id: 'a' }], { mode: 'uri', drainTimeout: 2_000 })
   const client = new RawClient(gateway.port).send(`GET /a/${upstream.port}/ HTTP/1.1\r\nHost: x\r\n\r\n`)
   await started
   await client.until((c) => c.received.includes('begun'))

