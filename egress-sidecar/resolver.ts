@@ -6,13 +6,13 @@
  * from a server that does not keep it: TCP, where nobody can guess, tells which. Truncated answers are asked for again over TCP for clients that can
  * take them.
  */
-import type { Socket } from 'node:dgram'
 import { once } from 'node:events'
-import type { Done, Resolver, Transport } from './answer.ts'
+import type { Resolver } from './answer.ts'
 import { echoOf, mixCase, mixOwners, refusesUnread } from './echo.ts'
 import { isTruncated, rcodes } from './packet.ts'
 import { PendingTable, randomId } from './pending-table.ts'
 import type { HeldPorts, Upstream } from './ruleset.ts'
+import { Pending, type Channel, type UpstreamState } from './resolver-state.ts'
 import { askTcp } from './resolver-tcp.ts'
 import { connectSocket, isFrom, openSocket, proveRoute, typeOf } from './resolver-udp.ts'
 
@@ -52,6 +52,8 @@ const maxWholes = 128
 /** An upstream that let this many questions in a row time out is asked last for a while. */
 const failuresToDistrust = 3
 const distrustMs = 30_000
+/** Behind an answer that was right but for the case: whoever got so far had the right id. */
+const guardedMs = 30_000
 /** An upstream's answer to a probe is not waited for any longer. */
 const probeMs = 2000
 /** Questions within it came together. */
@@ -60,59 +62,6 @@ const togetherMs = 1
 const patienceMs = 1200
 /** Bytes of a datagram that every client takes. RFC 1035 4.2.1 */
 const anyClientTakes = 512
-
-const none: readonly never[] = []
-class Pending {
-  readonly query: Buffer
-  readonly questionEnd: number
-  /** What kind of answer the asker can take. */
-  readonly transport: Transport
-  readonly done: Done
-  readonly order: readonly UpstreamState[]
-  /** How many of them were asked. */
-  tried = 0
-  /** Where the last of them answers, under which id; null when nothing can come from it any more. */
-  channel: Channel | null = null
-  id = -1
-  /** The same of those before, that were too slow: their answer is as good. */
-  earlier: readonly Way[] = none
-  settled = false
-  readonly deadline: number
-  /** When the current upstream is given up, or asked once more. */
-  waitUntil = 0
-  /** How the letters of `query` differ from what the asker wrote: `mixCase`. */
-  mask = 0
-  /** Kept when no other upstream has a better one: its SERVFAIL or REFUSED. */
-  failure: Buffer | null = null
-
-  constructor(query: Buffer, questionEnd: number, transport: Transport, done: Done, order: readonly UpstreamState[], deadline: number) {
-    this.query = query
-    this.questionEnd = questionEnd
-    this.transport = transport
-    this.done = done
-    this.order = order
-    this.deadline = deadline
-  }
-}
-
-type Way = { readonly channel: Channel; readonly id: number }
-
-type Channel = { readonly socket: Socket; readonly pending: PendingTable<Pending>; readonly sent: (error: Error | null) => void }
-
-type UpstreamState = {
-  readonly upstream: Upstream
-  readonly channels: Channel[]
-  /** The channel of the moment, and since when. */
-  channel: Channel | null
-  chosenAt: number
-  failures: number
-  distrustedUntil: number
-  silent: boolean
-  /** Gives back the case of the question. False as soon as it was proven, or the upstream cannot be asked for a proof. */
-  keepsCase: boolean
-  /** The answer over TCP that is to tell it. */
-  proof: Promise<unknown> | null
-}
 
 const keepsCase = (state: UpstreamState): boolean => state.keepsCase
 
@@ -127,7 +76,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
   let closed = false
 
   for (const upstream of upstreams) {
-    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: randomCase, proof: null }
+    const state: UpstreamState = { upstream, channels: [], channel: null, chosenAt: 0, failures: 0, distrustedUntil: 0, silent: false, keepsCase: randomCase, guardedUntil: 0, proof: null }
     try {
       await proveRoute(upstream)
       for (let i = 0; i < socketsPerUpstream; i++) state.channels.push(await openChannel(state))
@@ -170,7 +119,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
     const echo = echoOf(reply, pending.query, pending.questionEnd)
     if (echo === 'none' && !refusesUnread(reply)) return
     channel.pending.delete(id, pending)
-    if (echo === 'folded' && state.keepsCase && pending.mask !== 0) return void askProof(state, channel, pending, reply)
+    if (echo !== 'none' && state.keepsCase && pending.mask !== 0 && (echo === 'folded' || now() < state.guardedUntil)) return void askProof(state, channel, pending, reply)
     forget(channel, pending)
     if (echo === 'none') return take(pending, reply)
     if (echo === 'exact') restoreCase(reply, pending)
@@ -182,6 +131,7 @@ export async function createResolver({ upstreams, timeoutMs, tcp, unproven = () 
   async function askProof(state: UpstreamState, channel: Channel, pending: Pending, folded: Buffer): Promise<void> {
     while (state.proof !== null) await state.proof
     const proven = await prove(state, pending, folded)
+    if (state.keepsCase) state.guardedUntil = now() + guardedMs
     if (pending.settled) return
     forget(channel, pending)
     if (proven === null) next(pending)

@@ -25,6 +25,7 @@ import { readPolicyFile } from './policy-file.ts'
 import { createPolicyKeeper, type PolicyKeeper } from './policy-keeper.ts'
 import { askOnce } from './question.ts'
 import { createResolver, type UdpResolver } from './resolver.ts'
+import { askEachOnce } from './same-question.ts'
 import { aliveStatements, askAliveStatement, bootStatements, closeStatements, deniedCounter, dnsPort, heartbeat, readDenied } from './ruleset.ts'
 import { startProbes, type UpstreamProbes } from './upstream-probes.ts'
 import { createWebhook, type Webhook } from './webhook.ts'
@@ -146,7 +147,7 @@ export function createSidecar(config: Config, log: Log, lost: (reason: string) =
       log.outcome(outcome)
       if (result === 'denied' && hook !== null && name !== null && name !== '') hook.denied(name)
     }
-    const answerDeps = { resolver: asking, firewall: guard, mayOpen, now, report }
+    const answerDeps = { resolver: askEachOnce(asking), firewall: guard, mayOpen, now, report }
     handler = (message, transport, done) => answer(message, transport, answerDeps, done)
     const kept = (keeper = createPolicyKeeper(policy, always, { firewall: guard, files, policyFile: config.policyFile, maxRules: config.maxRules, floor: config.floor }))
     reloader = setInterval(() => void reload(kept), reloadMs)

@@ -98,6 +98,20 @@ t.test('an answer in another case', async (t) => {
   }
 })
 
+t.test('where somebody was seen to guess, right guesses are not believed either', async (t) => {
+  const [truth, lie] = ['198.51.100.2', '198.18.0.66'].map((address) => Buffer.from(address.split('.').map(Number))) as [Buffer, Buffer]
+  let forge: Reply = (asked, send) => send(folded(asked, '198.18.0.66'))
+  let proofs = 0
+  const peer = await upstream(t, (...all) => forge(...all), (asked) => (proofs++, answer(asked, '198.51.100.2')))
+  const resolver = await resolverOf(t, [peer])
+  // One in 256 has its letters unchanged.
+  for (let i = 0; i < 20 && proofs === 0; i++) await askOnce(resolver, query(), end, 'udp')
+  t.equal(proofs, 1, 'a guess in the wrong case')
+  forge = (asked, send) => send(answer(asked, '198.18.0.66'))
+  const reply = await askOnce(resolver, query(), end, 'udp')
+  t.same([reply?.includes(truth), reply?.includes(lie), proofs], [true, false, 2], 'one in the right case behind it: TCP has the truth')
+})
+
 t.test('a crowd of answers in another case takes one proof', async (t) => {
   let proofs = 0
   const peer = await upstream(t, (asked, send) => send(folded(asked)), (asked) => (proofs++, folded(asked)))

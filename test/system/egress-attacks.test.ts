@@ -67,7 +67,7 @@ for (const exemption of ['ports', 'cgroup'] as const) {
     t.not(rule, '', 'there is a rule')
     if (rule !== '') await space.run('nft', 'delete', 'rule', 'inet', 'opensandbox', 'egress', 'handle', rule)
     await space.run('nft', 'flush', 'chain', 'inet', 'opensandbox', 'sockets')
-    t.comment(`without it, and the one that lets nobody inside speak to our sockets: ${await forge(open, 10)}`)
+    t.comment(`without it, and the one that lets nobody inside speak to our sockets: ${await forge(open, 25)}`)
     t.same(await results(space, { connect: open }), ['open'], 'without the rules the forging works')
     t.equal(await arrived(space), before + 1)
   })

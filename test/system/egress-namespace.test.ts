@@ -125,8 +125,9 @@ t.test('a name whose 500 addresses rotate: all stay open while it is allowed, no
   await using space = await createNamespaces()
   await space.startSidecar({ OPENSANDBOX_EGRESS_RULES: policy('rotating.ok.example', '*.fine.example') })
   const places = Array.from({ length: 500 }, (_, i) => `198.18.${128 + (i >> 8)}.${i & 255}`)
-  // At once: answers under way are put together into one command.
-  const told = await space.ask(...Array.from({ length: 125 }, () => ({ ask: 'rotating.ok.example' })))
+  // One after the other: those that ask at the same time share an answer.
+  const told = []
+  for (let i = 0; i < 125; i++) told.push(...(await space.ask({ ask: 'rotating.ok.example' })))
   t.same(told.filter(({ answers }) => answers !== 4), [], 'every answer has four of them')
   t.match(await space.run('curl', '-s', 'http://127.0.0.1:18080/metrics'), 'egress_learned_addresses 500\n')
   const connected = await space.ask(...places.map((connect) => ({ connect })))
