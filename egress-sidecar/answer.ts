@@ -43,6 +43,8 @@ export type Outcome = {
   readonly addresses: readonly string[]
   /** In the answer, and left out of what the sandbox got. */
   readonly shut: readonly ShutAddress[]
+  /** What the sandbox was told (RFC 1035 4.1.1). */
+  readonly rcode: number
   /** Milliseconds from the question to its outcome. */
   readonly took: number
 }
@@ -165,7 +167,7 @@ class Course {
 
   settle(reply: Buffer, result: Outcome['result'], addresses: readonly string[] = none, shut: readonly ShutAddress[] = none): void {
     const { deps, question, verdict, rules, alias } = this
-    deps.report({ question, verdict, rules, alias, result, addresses, shut, took: deps.now() - this.started })
+    deps.report({ question, verdict, rules, alias, result, addresses, shut, rcode: (reply[3] as number) & 0xf, took: deps.now() - this.started })
     reply.writeUInt16BE(this.id, 0)
     this.done(reply)
   }

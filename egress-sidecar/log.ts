@@ -2,7 +2,7 @@
 import { pino, multistream, destination, type Level, type StreamEntry } from 'pino'
 import { canonicalAddress } from '#policies/address.ts'
 import type { Outcome } from './answer.ts'
-import { recordTypes } from './packet.ts'
+import { rcodes, recordTypes } from './packet.ts'
 
 export type Log = {
   event(level: Level, event: string, message: string, fields?: object): void
@@ -68,11 +68,11 @@ export function createLog({ level, outputs, sandboxId, attributes }: LogOptions)
 
   return {
     event: (eventLevel, event, message, fields = {}) => log[eventLevel]({ 'opensandbox.event': event, ...fields }, message),
-    outcome({ question, verdict, rules, alias, result, addresses, shut, took }) {
+    outcome({ question, verdict, rules, alias, result, addresses, shut, rcode, took }) {
       if (dropped(result === 'answered' || result === 'denied' ? result : 'failed')) return
       const fields = { 'target.host': question.name ?? '(malformed)', qtype: typeName(question.type), took_ms: Math.round(took * 100) / 100 }
       if (result === 'denied') log.info({ 'opensandbox.event': 'egress.denied', ...fields, reason: verdict.reason, rule: verdict.rule, target: rules.written[verdict.rule ?? -1]?.target, ...(alias === undefined ? {} : { via: alias ?? '(malformed)' }) }, 'egress denied')
-      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(shut.length > 0 ? { left_out: shut.slice(0, maxLoggedAddresses).map(({ address, reason }) => ({ ip: canonicalAddress(address), reason })) } : {}), ...(result === 'answered' ? {} : { error: result }) }, 'egress outbound')
+      else log.info({ 'opensandbox.event': 'egress.outbound', ...fields, ...(addresses.length > 0 ? { 'target.ips': addresses.slice(0, maxLoggedAddresses) } : {}), ...(shut.length > 0 ? { left_out: shut.slice(0, maxLoggedAddresses).map(({ address, reason }) => ({ ip: canonicalAddress(address), reason })) } : {}), ...(result !== 'answered' ? { error: result } : rcode === rcodes.noError ? {} : { rcode }) }, 'egress outbound')
     },
     limited(event, message) {
       if (!dropped(event)) log.warn({ 'opensandbox.event': event }, message)

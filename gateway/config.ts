@@ -39,7 +39,7 @@ export const GatewayConfigSchema = Type.Object({
   adminPort: Type.Integer({ minimum: -1, maximum: 65_535, default: -1, description: 'port for /metrics and /readyz; -1: none' }),
   adminHost: text('127.0.0.1', 'its address'),
   accessLog: text('stdout', '`stdout`, `stderr`, `off` or a file'),
-  logLevel: text('info', 'debug, info, warn, error or fatal; anything else is info'),
+  logLevel: text('info', 'debug, info, warn (or warning), error or fatal; anything else is info'),
   headerTimeout: someMilliseconds(30_000, 'until a request head must be complete'),
   keepAliveTimeout: milliseconds(75_000, 'how long a client connection may idle between requests'),
   connectTimeout: someMilliseconds(10_000, 'until a sandbox must accept a connection'),

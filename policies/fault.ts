@@ -1,29 +1,26 @@
 /**
- * Everything that can go wrong with a request at the edge: one table, code to status, blame and text.
- * Blame decides the status class, whether a retry makes sense, and how loudly it is logged.
+ * Everything that can go wrong with a request at the edge: one table, code to status, text and what to do next.
  */
-export type Blame = 'client' | 'upstream' | 'policy' | 'ourselves'
-
-type FaultRow = { readonly status: number; readonly blame: Blame; readonly text: string; readonly next: string }
+type FaultRow = { readonly status: number; readonly text: string; readonly next: string }
 
 export const faults = {
-  EDGE_BAD_ROUTE: { status: 400, blame: 'client', text: 'the request does not name a sandbox and port', next: 'use <id>-<port>.<domain>, /<id>/<port>/… or the header OpenSandbox-Ingress-To: <id>-<port>' },
-  EDGE_BAD_REQUEST: { status: 400, blame: 'client', text: 'the request is malformed', next: 'send one well-formed HTTP/1.1 request' },
-  EDGE_UNAUTHORIZED: { status: 401, blame: 'client', text: 'access to this sandbox is refused', next: 'ask the lifecycle server for an endpoint and send the headers it names' },
-  EDGE_NO_ROUTE: { status: 404, blame: 'client', text: 'sandbox not found', next: 'check the id; the sandbox may have expired' },
-  EDGE_METHOD_NOT_ALLOWED: { status: 405, blame: 'client', text: 'the method is not supported', next: 'send the request itself; the gateway is not a proxy to other places' },
-  EDGE_HEADERS_TOO_LARGE: { status: 431, blame: 'client', text: 'the header section is too large', next: 'send less, for example fewer cookies' },
-  EDGE_TOO_MANY_ATTEMPTS: { status: 429, blame: 'client', text: 'too many refused attempts', next: 'wait, then try again with a valid token' },
-  EDGE_NOT_READY: { status: 503, blame: 'upstream', text: 'sandbox not ready', next: 'try again shortly' },
-  EDGE_ROUTES_STALE: { status: 503, blame: 'ourselves', text: 'the gateway has lost its routes', next: 'try again shortly' },
-  EDGE_DRAINING: { status: 503, blame: 'ourselves', text: 'the gateway is shutting down', next: 'try again; another gateway will answer' },
-  EDGE_OVERLOADED: { status: 503, blame: 'ourselves', text: 'too many connections', next: 'try again shortly' },
-  EDGE_VERIFIER_MISSING: { status: 503, blame: 'ourselves', text: 'the gateway has no keys to check signed routes', next: 'tell the operator to configure secure access keys' },
-  EDGE_UPSTREAM_REFUSED: { status: 502, blame: 'upstream', text: 'nothing answers on that port of the sandbox', next: 'check that your program listens on 0.0.0.0 and on this port' },
-  EDGE_UPSTREAM_BROKEN: { status: 502, blame: 'upstream', text: 'the sandbox broke off the answer', next: 'look at the logs of your program' },
-  EDGE_UPSTREAM_FORBIDDEN: { status: 502, blame: 'policy', text: 'the sandbox has an address the gateway does not dial', next: 'tell the operator' },
-  EDGE_UPSTREAM_TIMEOUT: { status: 504, blame: 'upstream', text: 'the sandbox did not answer in time', next: 'look at the logs of your program' },
-  EDGE_BUG: { status: 500, blame: 'ourselves', text: 'internal error', next: 'report it with the request id' },
+  EDGE_BAD_ROUTE: { status: 400, text: 'the request does not name a sandbox and port', next: 'use <id>-<port>.<domain>, /<id>/<port>/… or the header OpenSandbox-Ingress-To: <id>-<port>' },
+  EDGE_BAD_REQUEST: { status: 400, text: 'the request is malformed', next: 'send one well-formed HTTP/1.1 request' },
+  EDGE_UNAUTHORIZED: { status: 401, text: 'access to this sandbox is refused', next: 'ask the lifecycle server for an endpoint and send the headers it names' },
+  EDGE_NO_ROUTE: { status: 404, text: 'sandbox not found', next: 'check the id; the sandbox may have expired' },
+  EDGE_METHOD_NOT_ALLOWED: { status: 405, text: 'the method is not supported', next: 'send the request itself; the gateway is not a proxy to other places' },
+  EDGE_HEADERS_TOO_LARGE: { status: 431, text: 'the header section is too large', next: 'send less, for example fewer cookies' },
+  EDGE_TOO_MANY_ATTEMPTS: { status: 429, text: 'too many refused attempts', next: 'wait, then try again with a valid token' },
+  EDGE_NOT_READY: { status: 503, text: 'sandbox not ready', next: 'try again shortly' },
+  EDGE_ROUTES_STALE: { status: 503, text: 'the gateway has lost its routes', next: 'try again shortly' },
+  EDGE_DRAINING: { status: 503, text: 'the gateway is shutting down', next: 'try again; another gateway will answer' },
+  EDGE_OVERLOADED: { status: 503, text: 'too many connections', next: 'try again shortly' },
+  EDGE_VERIFIER_MISSING: { status: 503, text: 'the gateway has no keys to check signed routes', next: 'tell the operator to configure secure access keys' },
+  EDGE_UPSTREAM_REFUSED: { status: 502, text: 'nothing answers on that port of the sandbox', next: 'check that your program listens on 0.0.0.0 and on this port' },
+  EDGE_UPSTREAM_BROKEN: { status: 502, text: 'the sandbox broke off the answer', next: 'look at the logs of your program' },
+  EDGE_UPSTREAM_FORBIDDEN: { status: 502, text: 'the sandbox has an address the gateway does not dial', next: 'tell the operator' },
+  EDGE_UPSTREAM_TIMEOUT: { status: 504, text: 'the sandbox did not answer in time', next: 'look at the logs of your program' },
+  EDGE_BUG: { status: 500, text: 'internal error', next: 'report it with the request id' },
 } as const satisfies Record<`EDGE_${string}`, FaultRow>
 
 export type FaultCode = keyof typeof faults
@@ -32,14 +29,12 @@ export type FaultCode = keyof typeof faults
 export class Fault extends Error {
   readonly code: FaultCode
   readonly status: number
-  readonly blame: Blame
   readonly detail: string
   constructor(code: FaultCode, detail = '', options?: ErrorOptions) {
     super(detail === '' ? faults[code].text : detail, options)
     this.name = 'Fault'
     this.code = code
     this.status = faults[code].status
-    this.blame = faults[code].blame
     this.detail = detail
   }
 }

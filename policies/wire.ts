@@ -18,7 +18,6 @@ export const wellKnownPorts = {
   execd: 44772,
   egressApi: 18080,
   http: 8080,
-  dns: 15353,
   gateway: 28888,
   server: 8080,
 } as const
@@ -30,7 +29,6 @@ export const labels = {
   manualCleanup: 'opensandbox.io/manual-cleanup',
   platformOs: 'opensandbox.io/platform-os',
   platformArch: 'opensandbox.io/platform-arch',
-  snapshotId: 'opensandbox.io/snapshot-id',
   embeddingProxyPort: 'opensandbox.io/embedding-proxy-port',
   httpPort: 'opensandbox.io/http-port',
   egressAuthToken: 'opensandbox.io/egress-auth-token',

@@ -185,8 +185,9 @@ function readToml(path: string): unknown {
 
 function readApiKey(config: Checked, env: Record<string, string | undefined>, problems: Problem[]): string | null {
   if (env.OPENSANDBOX_SERVER_API_KEY !== undefined) return blankToNull(env.OPENSANDBOX_SERVER_API_KEY)
-  const file = env.OPENSANDBOX_SERVER_API_KEY_FILE ?? config.server.api_key_file
-  return blankToNull(config.server.api_key ?? readSecretFile('server.api_key_file', file, problems))
+  if (config.server.api_key !== undefined) return blankToNull(config.server.api_key)
+  const named = env.OPENSANDBOX_SERVER_API_KEY_FILE
+  return blankToNull(named === undefined ? readSecretFile('server.api_key_file', config.server.api_key_file, problems) : readSecretFile('OPENSANDBOX_SERVER_API_KEY_FILE', named, problems))
 }
 
 function readSecretFile(path: string, file: string | undefined, problems: Problem[]): string | undefined {

@@ -65,7 +65,7 @@ const mostStringBytes = 131_071
 const aliases: ReadonlyMap<string, string> = new Map(Object.keys(CreateSchema.properties).map((key) => [key.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`), key]))
 const renewKey = 'access.renew.extend.seconds'
 
-/** @throws ApiError 400 naming every problem, 501 for what this server does not do */
+/** @throws ApiError 400 naming every problem of the shape, or else of the values; 501 for what this server does not do */
 export function readCreateRequest(value: unknown, config: Config, now: number): CreateRequest {
   const body = fold(value)
   if (typeof body !== 'object' || body === null || Array.isArray(body)) throw invalid([{ path: 'body', reason: body === undefined ? 'is empty; it must be a JSON object' : 'must be a JSON object' }])

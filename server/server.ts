@@ -85,7 +85,7 @@ export function createServer(deps: ServerDeps): FastifyInstance {
     if (allowed.length === 0) throw new ApiError('NOT_FOUND', 'There is no such route.')
     // RFC 9110 15.5.6
     reply.header('allow', allowed.join(', '))
-    throw new ApiError('METHOD_NOT_ALLOWED', 'This method is not allowed here.')
+    throw new ApiError('METHOD_NOT_ALLOWED', `This method is not allowed here; allowed: ${allowed.join(', ')}.`)
   })
 
   addHealthRoutes(app, deps)

@@ -23,9 +23,9 @@ export function addNetworkPolicyRoutes(app: FastifyInstance, { groups, askPolicy
   app.patch<WithId>('/sandboxes/:id/network-policy', async (request) => {
     const group = guarded(groups.get(request.params.id))
     if (!Array.isArray(request.body)) throw invalid([{ path: 'body', reason: 'must be an array of rules' }])
-    const read = readNetworkRules(request.body, 'rules')
+    const read = readNetworkRules(request.body, 'body')
     if (!read.ok) throw invalid(read.problems)
-    if (read.rules.length === 0) throw invalid([{ path: 'rules', reason: 'must hold at least one rule' }])
+    if (read.rules.length === 0) throw invalid([{ path: 'body', reason: 'must hold at least one rule' }])
     return answer(group, read.rules)
   })
 }

@@ -6,8 +6,8 @@ import { createMetrics } from '../../egress-sidecar/metrics.ts'
 
 const question = { name: 'a.example', type: 1, class: 1, end: 0, judged: { policy: 0, verdict: null } }
 const rules = compilePolicy({ defaultAction: 'deny', egress: [] })
-const allowed: Outcome = { question, rules, shut: [], verdict: { action: 'allow', reason: 'rule-allows' }, result: 'answered', addresses: [], took: 3 }
-const denied: Outcome = { question, rules, shut: [], verdict: { action: 'deny', reason: 'default-denies' }, result: 'denied', addresses: [], took: 1 }
+const allowed: Outcome = { question, rules, shut: [], rcode: 0, verdict: { action: 'allow', reason: 'rule-allows' }, result: 'answered', addresses: [], took: 3 }
+const denied: Outcome = { question, rules, shut: [], rcode: 0, verdict: { action: 'deny', reason: 'default-denies' }, result: 'denied', addresses: [], took: 1 }
 
 t.test('a duration counts in the bucket whose limit it reaches, and in all above', async (t) => {
   const limits = [0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5]

@@ -13,7 +13,7 @@ import { eventually, root } from '../support/program.ts'
 type Line = Record<string, unknown>
 
 const linesOf = (path: string): Line[] => readFileSync(path, 'utf8').split('\n').filter((line) => line !== '').map((line) => JSON.parse(line) as Line)
-const outcome: Outcome = { question: { name: 'a.example', type: 1, class: 1, end: 0, judged: { policy: 0, verdict: null } }, verdict: { action: 'allow', reason: 'rule-allows', rule: 0 }, rules: compilePolicy({ defaultAction: 'allow', egress: ['a.example', 'b.example', 'c.example', '*.Example'].map((target) => ({ action: 'deny', target })) }), result: 'answered', addresses: [], shut: [], took: 1.2345 }
+const outcome: Outcome = { question: { name: 'a.example', type: 1, class: 1, end: 0, judged: { policy: 0, verdict: null } }, verdict: { action: 'allow', reason: 'rule-allows', rule: 0 }, rules: compilePolicy({ defaultAction: 'allow', egress: ['a.example', 'b.example', 'c.example', '*.Example'].map((target) => ({ action: 'deny', target })) }), result: 'answered', addresses: [], shut: [], rcode: 0, took: 1.2345 }
 const denied: Outcome = { ...outcome, verdict: { action: 'deny', reason: 'rule-denies', rule: 3 }, result: 'denied' }
 
 t.test('log_skip.always', async (t) => {
@@ -88,6 +88,7 @@ t.test('one line for each question', async (t) => {
     { why: 'denied for a name it led to', outcome: { ...denied, alias: 'b.example' }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies', rule: 3, target: '*.Example', via: 'b.example' } },
     { why: 'for one that is no name', outcome: { ...denied, verdict: { action: 'deny', reason: 'malformed-name' }, alias: null }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'malformed-name', via: '(malformed)' } },
     { why: "by an operator's rule", outcome: { ...denied, verdict: { action: 'deny', reason: 'rule-denies' } }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, reason: 'rule-denies' } },
+    { why: 'a name that does not exist', outcome: { ...outcome, rcode: 3 }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, rcode: 3 } },
     { why: 'addresses that stay shut', outcome: { ...outcome, shut: [{ address: 'fd00:0:0:0:0:0:0:1', reason: 'special-use-address' }, ...many.map((address) => ({ address, reason: 'floor' as const }))] }, want: { 'opensandbox.event': 'egress.outbound', msg: 'egress outbound', 'target.host': 'a.example', qtype: 'A', took_ms: 1.23, left_out: [{ ip: 'fd00::1', reason: 'special-use-address' }, ...many.slice(0, 15).map((ip) => ({ ip, reason: 'floor' }))] } },
     { why: 'no name at all', outcome: { ...denied, question: asked(null, 1), verdict: { action: 'deny', reason: 'malformed-name' } }, want: { 'opensandbox.event': 'egress.denied', msg: 'egress denied', 'target.host': '(malformed)', qtype: 'A', took_ms: 1.23, reason: 'malformed-name' } },
   ]
