@@ -158,6 +158,8 @@ export class GroupWork {
           report('gone', record.id, {})
           break
         default: {
+          // Its address may be somebody else's long before the engine has cleared away its files.
+          if (step.do === 'remove' && request === null) table.set(entry, { facts: facts.map((fact) => (fact.containerId === step.containerId ? { ...fact, state: 'removing', address: '' } : fact)) })
           const now = await carryOut(step, { record, request, facts, signal: entry.abort.signal }, this.#deps)
           // While it is made readers see Pending, so nobody need be told until it settles.
           if (request === null) table.set(entry, { facts: now })

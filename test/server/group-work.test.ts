@@ -2,6 +2,7 @@
 import t from 'tap'
 import { ApiError } from '../../server/api-error.ts'
 import { EngineError } from '../../server/docker.ts'
+import { toRoute } from '../../server/sandbox-view.ts'
 import { Bench, createBody, policyBody } from './bench.ts'
 
 t.test('the sidecar ends while its sandbox is made: how it ended is answered, why stands in the log', async (t) => {
@@ -33,4 +34,24 @@ t.test('an engine that cannot tell what a sidecar wrote holds nothing up', { tim
   bench.engine.before = (call) => (call === 'last words' ? new Promise(() => undefined) : undefined)
   t.match(await bench.call('POST', '/sandboxes', { ...createBody, ...policyBody }), { status: 500, body: { message: 'not ready' } })
   t.equal(bench.engine.kept.size, 0)
+})
+
+t.test('a sandbox that is being removed has no address any more: the engine may give it to another before its files are gone', async (t) => {
+  await using bench = new Bench()
+  const id = ((await bench.call('POST', '/sandboxes', createBody)).body as { id: string }).id
+  const address = (): string => toRoute(bench.groups.get(id)).host
+  t.not(address(), '')
+  let [reached, go] = [(): void => undefined, (): void => undefined]
+  const removing = new Promise<void>((resolve) => (reached = resolve))
+  const held = new Promise<void>((resolve) => (go = resolve))
+  bench.engine.before = (call) => {
+    if (call !== 'remove main') return undefined
+    reached()
+    return held
+  }
+  const deleted = bench.call('DELETE', `/sandboxes/${id}`)
+  await removing
+  t.equal(address(), '', 'while the engine clears it away')
+  go()
+  t.equal((await deleted).status, 204)
 })
