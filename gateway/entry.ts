@@ -104,7 +104,7 @@ export function entryCookie(token: string, prefix: string, secure: boolean, now:
  */
 export function asksFromElsewhere(headers: IncomingHttpHeaders, method: string, hosts: readonly string[], byHost: boolean): boolean {
   const { origin, 'sec-fetch-site': site, 'sec-fetch-mode': mode } = headers
-  const plain = (authority: string): string => (byHost ? plainAuthority(authority).replace(portInLabel, '-*') : plainAuthority(authority))
+  const plain = (authority: string): string => (byHost ? plainAuthority(authority).replace(portInLabel, '$1-*') : plainAuthority(authority))
   const authority = /^[a-z][a-z0-9+.-]*:\/\/(.+)$/i.exec(origin ?? '')?.[1]
   if (authority !== undefined && hosts.some((host) => plain(host) === plain(authority))) return false
   if (site === 'same-origin' || site === 'none') return false
@@ -112,8 +112,8 @@ export function asksFromElsewhere(headers: IncomingHttpHeaders, method: string, 
   return origin !== undefined
 }
 
-/** The port of `<id>-<port>.example.com`. */
-const portInLabel = /(?<=^[^.]*)-\d{1,5}(?=\.)/
+/** The port of `<id>-<port>.example.com`, behind what `$1` is. */
+const portInLabel = /^([^.]*)-\d{1,5}(?=\.)/
 
 /** Lower-case, and without a port that browsers leave out. */
 function plainAuthority(authority: string): string {

@@ -112,8 +112,11 @@ function firstNonEmpty(first: string | undefined, second: string | undefined): s
 function remember<V extends object | symbol>(cache: LRUCache<string, V>, key: string, read: (key: string) => V): V {
   const known = cache.get(key)
   if (known !== undefined) return known
-  const value = read(key)
-  if (key.length <= longestRemembered) cache.set(key, value)
+  if (key.length > longestRemembered) return read(key)
+  // A copy: a piece of a header or target keeps all of it in memory.
+  const own = Buffer.from(key, 'latin1').toString('latin1')
+  const value = read(own)
+  cache.set(own, value)
   return value
 }
 

@@ -4,7 +4,7 @@ import type { Socket } from 'node:net'
 import { performance } from 'node:perf_hooks'
 import { Fault, toFault } from '#policies/fault.ts'
 import { breakOff } from './break-off.ts'
-import { checkTransferCoding, headText, responseFields, rewriterFor, type ResponseFields } from './response-headers.ts'
+import { checkTransferCoding, headText, mostInformed, responseFields, rewriterFor, type ResponseFields } from './response-headers.ts'
 import { RequestBody, type Exchange } from './request-body.ts'
 import type { InFlight } from './in-flight.ts'
 import { safeMethods, type OpenRelay, type Refusal, type Relay } from './relay.ts'
@@ -47,6 +47,8 @@ class HttpRelay implements Relay, Handler, Exchange {
   #length = -1
   /** The body is not in chunks. */
   #plain = false
+  /** 1xx that came. */
+  #informed = 0
   #over = false
   #retried = false
   #dials = 0
@@ -242,6 +244,7 @@ class HttpRelay implements Relay, Handler, Exchange {
   /** Passes a 1xx on. RFC 9110 §15.2: HTTP/1.0 clients do not know them, and 100 was ours to give. */
   #inform(status: number, fields: ResponseFields): void {
     const { request, response } = this.#visit
+    if (++this.#informed > mostInformed) throw new Fault('EDGE_UPSTREAM_BROKEN')
     if (status < 102 || request.httpVersionMinor === 0 || response === null || response.headersSent) return
     const informative = responseFields(fields, null, '')
     // A response that waits for its turn: node:http would put what it holds back behind the final head, into the body.

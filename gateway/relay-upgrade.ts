@@ -10,7 +10,7 @@ import { Fault, toFault } from '#policies/fault.ts'
 import { reset } from './break-off.ts'
 import { ClientStream } from './client-stream.ts'
 import type { Refusal, Tunnels } from './relay.ts'
-import { checkTransferCoding, headText } from './response-headers.ts'
+import { checkTransferCoding, headText, mostInformed } from './response-headers.ts'
 import type { Belonging, Sandbox, Ties } from './routes.ts'
 import { networkOf } from './throttle.ts'
 import { answerFields, upgradeFields } from './upgrade-heads.ts'
@@ -174,7 +174,9 @@ class Tunnel implements Belonging {
       if (socket.connecting) socket.once('connect', connected)
       else connected()
     })
+    let informed = 0
     outgoing.on('information', (info) => {
+      if (++informed > mostInformed) return void outgoing.destroy(new Fault('EDGE_UPSTREAM_BROKEN'))
       if (info.statusCode > 101) this.#socket.write(headText(`HTTP/1.1 ${info.statusCode} ${STATUS_CODES[info.statusCode] ?? ''}`, answerFields(info.rawHeaders, this.#visit, this.#authority)) + '\r\n', 'latin1')
     })
     outgoing.once('upgrade', (response: IncomingMessage, upstream: Socket) => this.#open(response, upstream))

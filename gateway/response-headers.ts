@@ -3,6 +3,9 @@ import { Fault } from '#policies/fault.ts'
 import { connectionOptions } from './headers.ts'
 import type { Visit } from './visit.ts'
 
+/** 1xx answers of one exchange. Nothing holds up who sends them, and the client may not read. */
+export const mostInformed = 16
+
 /** Response fields that end here. RFC 9110 §7.6.1; `trailer` is decided by the relay, which knows the framing. */
 const responseHops = new Set(['connection', 'keep-alive', 'proxy-connection', 'proxy-authenticate', 'proxy-authorization', 'te', 'transfer-encoding', 'upgrade'])
 

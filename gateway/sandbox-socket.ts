@@ -12,6 +12,8 @@ import { Socket, type TcpSocketConnectOpts } from 'node:net'
 
 /** Bytes of one read: a common large answer with its head. Pages that no answer ever filled cost nothing. */
 const readSize = 128 * 1024
+/** Below it, what was read is copied. */
+const smallRead = 16 * 1024
 
 /** How undici ends a body in chunks. */
 const lastChunk = '\r\n0\r\n\r\n'
@@ -26,9 +28,14 @@ export class SandboxSocket extends Socket {
 
   constructor() {
     let memory: Buffer | null = null
+    let copied = false
     const onread = {
-      buffer: (): Uint8Array => (this.spent && this.#waiting === null && memory !== null ? memory : (memory = Buffer.allocUnsafeSlow(readSize))),
-      callback: (size: number, bytes: Uint8Array): boolean => this.#take(bytes.subarray(0, size) as Buffer),
+      buffer: (): Uint8Array => (memory !== null && (copied || (this.spent && this.#waiting === null)) ? memory : (memory = Buffer.allocUnsafeSlow(readSize))),
+      callback: (size: number, bytes: Uint8Array): boolean => {
+        // A few bytes must not keep all of it, for as long as whoever sent them likes.
+        copied = size < smallRead
+        return this.#take(copied ? Buffer.from(bytes.subarray(0, size)) : (bytes.subarray(0, size) as Buffer))
+      },
     }
     // net.Socket takes more than its types know: they have these options for net.connect only.
     const options = { onread, noDelay: true, keepAlive: true, keepAliveInitialDelay: 30_000, highWaterMark: 64 * 1024 }

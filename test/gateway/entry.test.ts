@@ -48,6 +48,9 @@ t.test('which requests a browser makes for a page of another origin', async (t) 
     [site('same-origin, cross-site', 'cors'), 'GET', true, 'two of them'],
   ]
   for (const [headers, method, elsewhere, why] of rows) t.equal(asksFromElsewhere(headers, method, hosts, false), elsewhere, `${method} ${JSON.stringify(headers)}: ${why}`)
+  const begun = performance.now()
+  t.equal(asksFromElsewhere({ origin: `http://${'-1'.repeat(32_000)}` }, 'POST', hosts, true), true, 'a long origin')
+  t.ok(performance.now() - begun < 100, 'is looked at once')
   t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', ['a-80.gw.test:443'], false), false, 'a proxy may say the port that browsers leave out')
   for (const [origin, elsewhere] of [['a-80', false], ['a-3000', false], ['b-80', true], ['a', true], ['a-80-81', true], ['aa-80', true], ['x.a-80', true]] as const) t.equal(asksFromElsewhere({ origin: `https://${origin}.gw.test`, ...site('same-site', 'cors') }, 'POST', hosts, true), elsewhere, `${origin}, where the host names sandbox and port`)
   t.equal(asksFromElsewhere({ origin: 'https://a-80.gw.test' }, 'GET', [], false), true, 'nobody knows the own name')

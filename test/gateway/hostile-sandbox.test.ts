@@ -112,6 +112,18 @@ t.test('a body behind the answer to a HEAD is never read as the answer to the ne
   }
 })
 
+t.test('hints without end are broken off, for a request and for a handshake', async (t) => {
+  const hint = 'HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n'
+  await using upstream = await startRaw((socket) => void socket.on('data', () => socket.write(hint.repeat(1000))))
+  await using gateway = await startGateway([{ id: 'a' }], { mode: 'uri' })
+  for (const [what, request, status] of [['a request', get(`/a/${upstream.port}/`), 502], ['a handshake', handshake(upstream.port), 503]] as const) {
+    const client = new RawClient(gateway.port).send(request)
+    await client.until(({ received }) => received.includes(` ${status} `))
+    client.close()
+    t.equal(client.received.split('103 Early').length - 1, 16, `${what}: sixteen pass`)
+  }
+})
+
 /** One connection, several requests: the first answer is late, so that the others wait for their turn. */
 t.test('what comes early for a request that waits for its turn stays in front of its own answer', async (t) => {
   const body = 'b'.repeat(20_000)
